@@ -1,0 +1,227 @@
+"""Run folders: manifests, atomic writes, checksums and the lock.
+
+Everything here survives a power cut: a file is written beside its place, flushed to the
+disk, and renamed, so a reader finds the old content or the new and never a part.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from llmscale.errors import RecipeError
+
+MANIFEST = "manifest.json"
+COMPLETE = "COMPLETE"
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames within a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file atomically.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; the old file stays.
+    """
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(beside).chmod(0o644)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically, for people to read too."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears at ``path`` whole, or not at all; it replaces an older one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    beside.chmod(0o755)
+    try:
+        yield beside
+        for file in sorted(beside.rglob("*")):
+            if file.is_file():
+                sync_file(file)
+        publish_folder(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def publish_folder(beside: Path, path: Path) -> None:
+    """Renames a finished folder into place; what stood there before is removed."""
+    sync_folder(beside)
+    if path.exists():
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        path.rename(old / path.name)
+        beside.rename(path)
+        shutil.rmtree(old)
+    else:
+        beside.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Flushes a written file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """The SHA-256 of plain data in canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def mark_complete(folder: Path, checksums: dict[str, str]) -> None:
+    """Writes the last file of a folder: the checksums of all the others, by relative name."""
+    write_json(folder / COMPLETE, checksums)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that ``mark_complete`` sealed; None if nothing is."""
+    try:
+        checksums = read_json(folder / COMPLETE)
+    except ValueError:
+        return f"{COMPLETE} cannot be read"
+    if checksums is None:
+        return f"it has no {COMPLETE}: its writing was cut off"
+    for name, expected in checksums.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if checksum(file) != expected:
+            return f"the checksum of {name} does not hold"
+    return None
+
+
+class StageFolder:
+    """The folder of one stage, by the names docs/commands.md fixes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_file = path / MANIFEST
+        self.metrics_file = path / "metrics.jsonl"
+        self.progress_file = path / "progress.json"
+        self.logs = path / "logs"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.hf = path / "hf"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, or an empty one where the stage has not begun."""
+        return read_json(self.manifest_file) or {}
+
+    def update_manifest(self, **entries: Any) -> None:
+        """Replaces the given entries of the manifest."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.manifest_file, {**self.manifest(), **entries})
+
+    def add_metrics(self, **metrics: Any) -> None:
+        """Adds to the manifest's metrics, the figures a report shows."""
+        self.update_manifest(metrics={**self.manifest().get("metrics", {}), **metrics})
+
+    def log_file(self, rank: int) -> Path:
+        """Where a rank's output goes."""
+        return self.logs / f"rank-{rank:05d}.log"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged steps; a last line that was cut off by a crash is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class RunFolder:
+    """A run's folder: its recipe and one folder a stage."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.report_file = path / "report.html"
+
+    def stage(self, name: str) -> StageFolder:
+        """The folder of the stage with that name."""
+        return StageFolder(self.path / name)
+
+    def set_aside(self, name: str) -> Path:
+        """Moves a stage's outdated folder out of the way, keeping it."""
+        superseded = self.path / "superseded"
+        superseded.mkdir(exist_ok=True)
+        number = sum(1 for _ in superseded.glob(f"{name}-*")) + 1
+        target = superseded / f"{name}-{number}"
+        self.stage(name).path.rename(target)
+        sync_folder(self.path)
+        return target
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run folder for one writer.
+
+        Raises:
+            RecipeError: if another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise RecipeError(
+                    f"{self.path}: {holder} is running in this folder; "
+                    "wait for it, cancel it, or choose another --run-dir"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield

@@ -1,0 +1,74 @@
+"""Tokenizers: trained by the ``tokenizers`` library, kept as Hugging Face folders."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+Algorithm = Literal["bpe", "wordpiece", "unigram"]
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+UNKNOWN = "<|unknown|>"
+SPECIAL_TOKENS = [END_OF_TEXT, PADDING]
+
+
+def train_tokenizer(texts: Iterator[str], algorithm: Algorithm, vocabulary_size: int) -> Any:
+    """Trains a tokenizer; returns it as a ``transformers`` fast tokenizer.
+
+    BPE and Unigram work on bytes, so every text can be written and read back exactly.
+    The end of a text and padding are distinct tokens (0 and 1).
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, trainer = _parts(algorithm, vocabulary_size)
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    unknown = {"unk_token": UNKNOWN} if algorithm == "wordpiece" else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+        **unknown,
+    )
+
+
+def _parts(algorithm: Algorithm, size: int) -> tuple[Tokenizer, Any]:
+    if algorithm == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        special = [*SPECIAL_TOKENS, UNKNOWN]
+        return tokenizer, trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=special, show_progress=False
+        )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if algorithm == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A ``transformers`` tokenizer from a folder; no code of the folder is run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

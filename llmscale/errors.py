@@ -1,0 +1,31 @@
+"""The errors a user sees, each with the exit code docs/commands.md promises."""
+
+
+class LlmscaleError(Exception):
+    """An error whose message is one line that names the place, the cause and the mend."""
+
+    exit_code = 1
+
+
+class RecipeError(LlmscaleError):
+    """The recipe or the call is wrong; nothing was started and nothing was written."""
+
+    exit_code = 2
+
+
+class MachineError(LlmscaleError):
+    """The machine lacks something the recipe needs."""
+
+    exit_code = 3
+
+
+class StageError(LlmscaleError):
+    """A stage failed while it ran."""
+
+    exit_code = 4
+
+
+class Interrupted(LlmscaleError):
+    """The user or the system asked the run to stop; running again goes on."""
+
+    exit_code = 130

@@ -1,0 +1,50 @@
+"""Text from a model: greedy, beam search or sampling, by ``transformers``."""
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from llmscale.settings import Settings
+
+Decoding = Literal["greedy", "beam", "sample"]
+
+
+class Generation(Settings):
+    """How text is generated."""
+
+    decoding: Decoding = "greedy"
+    max_new_tokens: PositiveInt = 100
+    beams: PositiveInt = 4
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = None
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, settings: Generation, seed: int) -> str:
+    """The prompt's continuation; the same for the same seed."""
+    import torch
+
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = inputs["input_ids"]
+    if ids.shape[1] == 0:
+        ids = torch.tensor([[tokenizer.eos_token_id]])
+    choice: dict[str, Any] = {
+        "greedy": {"do_sample": False},
+        "beam": {"do_sample": False, "num_beams": settings.beams},
+        "sample": {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k or 0,
+            "top_p": settings.top_p,
+        },
+    }[settings.decoding]
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **choice,
+    )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

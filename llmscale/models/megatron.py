@@ -1,0 +1,225 @@
+"""An architecture as megatron-core model chunks: what this rank holds of it."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmscale.models.architecture import Architecture
+from llmscale.models.attention import CausalAttention, transformer_engine_available
+from llmscale.models.norms import Norm
+from llmscale.parallel.layout import Layout
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def transformer_config(
+    architecture: Architecture,
+    layout: Layout,
+    precision: str = "fp32",
+    recompute: str = "none",
+    device: str = "cpu",
+) -> TransformerConfig:
+    """megatron-core's configuration of an architecture at a layout."""
+    dtype = DTYPES[precision]
+    recomputing: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    }[recompute]
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.attention_heads,
+        num_query_groups=architecture.groups,
+        kv_channels=architecture.head,
+        ffn_hidden_size=architecture.ffn,
+        normalization="LayerNorm" if architecture.family == "gpt2" else "RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=architecture.gated,
+        activation_func=F.silu if architecture.gated else partial(F.gelu, approximate="tanh"),
+        add_bias_linear=architecture.biased,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=_left_to_fill,
+        output_layer_init_method=_left_to_fill,
+        embedding_init_method=_left_to_fill,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        pipeline_model_parallel_layout=_layer_layout(architecture, layout),
+        sequence_parallel=layout.sequence,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=device == "cuda",  # gloo may still be sending them
+        # With two stages the next rank is the previous one too: batched messages get mixed up.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        bias_activation_fusion=device == "cuda" and architecture.gated,
+        bias_dropout_fusion=device == "cuda",
+        gradient_accumulation_fusion=False,
+        **recomputing,
+    )
+
+
+def _layer_layout(architecture: Architecture, layout: Layout) -> Any:
+    if layout.layers_per_stage is None:
+        return None
+    stages = [["decoder"] * count for count in layout.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return PipelineParallelLayerLayout(stages, layout.pipeline)
+
+
+def _left_to_fill(tensor: Tensor) -> Tensor:
+    """megatron-core's initialization, which also marks sharded parameters, sets no numbers."""
+    return tensor
+
+
+def layer_spec(config: TransformerConfig, device: str) -> ModuleSpec:
+    """Transformer Engine's layer where the machine has it, else megatron-core's own layer
+    with our norm and core attention."""
+    if transformer_engine_available(device):
+        return get_gpt_layer_with_transformer_engine_spec()
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class Decoder(GPTModel):
+    """megatron-core's GPT model whose padding rows of the vocabulary never get probability."""
+
+    def __init__(self, *arguments: Any, true_vocabulary: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.true_vocabulary = true_vocabulary
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy a token, ``[b, s]``, over the true vocabulary."""
+        columns = logits.shape[-1]
+        first = parallel_state.get_tensor_model_parallel_rank() * columns
+        if first + columns > self.true_vocabulary:
+            logits[..., max(0, self.true_vocabulary - first) :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+
+def build_chunks(
+    architecture: Architecture,
+    vocabulary: int,
+    layout: Layout,
+    precision: str = "fp32",
+    recompute: str = "none",
+    device: str = "cpu",
+) -> list[torch.nn.Module]:
+    """This rank's model chunks, one a virtual pipeline stage, with weights not yet set."""
+    config = transformer_config(architecture, layout, precision, recompute, device)
+    chunks: list[torch.nn.Module] = []
+    for stage in range(layout.virtual_pipeline):
+        chunk: torch.nn.Module = _build_chunk(
+            architecture, vocabulary, layout, config, stage, device
+        )
+        if precision != "fp32":
+            chunk = Float16Module(config, chunk)
+        chunks.append(chunk.to(device))
+    return chunks
+
+
+def _build_chunk(
+    architecture: Architecture,
+    vocabulary: int,
+    layout: Layout,
+    config: TransformerConfig,
+    stage: int,
+    device: str,
+) -> Decoder:
+    virtual = stage if layout.virtual_pipeline > 1 else None
+    spec = layer_spec(config, device)
+    layers = get_num_layers_to_build(config, vp_stage=virtual)
+    submodules = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+    first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
+    return Decoder(
+        config=config,
+        transformer_layer_spec=submodules,
+        vocab_size=architecture.padded_vocabulary(vocabulary, layout.tensor),
+        max_sequence_length=architecture.sequence_length,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope" if architecture.rotary else "learned_absolute",
+        rotary_base=int(architecture.rotary_base),
+        rope_scaling=architecture.rotary_scaling_factor is not None,
+        rope_scaling_factor=architecture.rotary_scaling_factor or 1.0,
+        vp_stage=virtual,
+        true_vocabulary=vocabulary,
+    )
+
+
+def inner_model(chunk: torch.nn.Module) -> Decoder:
+    """The model within its data-parallel and precision wrappers."""
+    while not isinstance(chunk, Decoder):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """A chunk's parameters, by names that count layers over the whole model."""
+    model = inner_model(chunk)
+    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, local, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(local) + offset}.{rest}"
+        yield name, parameter

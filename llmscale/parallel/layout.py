@@ -1,0 +1,99 @@
+"""The layout of a model over ranks: a few integers and a check."""
+
+from collections.abc import Iterator
+
+from pydantic import PositiveInt
+
+from llmscale.settings import Problem, Settings, choices, divisors, nearest_multiples
+
+
+class Layout(Settings):
+    """How many ways each dimension is split.
+
+    ``tensor * pipeline * data`` is the number of ranks. ``virtual_pipeline`` is the number
+    of model chunks each pipeline stage holds (interleaved 1F1B; Narayanan et al. 2021,
+    section 2.2). ``sequence`` splits the activations between tensor-parallel regions along
+    the sequence (Korthikanti et al. 2022).
+    """
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    data: PositiveInt | None = None
+    virtual_pipeline: PositiveInt = 1
+    layers_per_stage: tuple[PositiveInt, ...] | None = None
+    sequence: bool = False
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+    def data_ranks(self, ranks: int) -> int:
+        """Copies of the model among ``ranks`` ranks."""
+        return self.data or max(1, ranks // self.model_ranks)
+
+    def problems(self, *, ranks: int) -> Iterator[Problem]:
+        """What stops this layout on that many ranks, whatever the model."""
+        if self.data is not None and self.model_ranks * self.data != ranks:
+            yield Problem(
+                ("data",),
+                f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data} is "
+                f"{self.model_ranks * self.data} ranks, but cluster.nodes x "
+                f"cluster.ranks_per_node is {ranks}; set ranks_per_node to match, "
+                "or leave data out",
+            )
+        elif ranks % self.model_ranks:
+            yield Problem(
+                ("tensor",),
+                f"tensor {self.tensor} x pipeline {self.pipeline} = {self.model_ranks} does not "
+                f"divide the {ranks} ranks of the cluster; use "
+                f"{nearest_multiples(ranks, self.model_ranks)} ranks",
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            yield Problem(
+                ("virtual_pipeline",), "needs pipeline above 1; remove it or set pipeline: 2"
+            )
+        if self.sequence and self.tensor == 1:
+            yield Problem(("sequence",), "needs tensor above 1; remove it or set tensor: 2")
+
+    def stage_problems(self, layers: int) -> Iterator[Problem]:
+        """What stops the layers from being laid out over the pipeline."""
+        chunks = self.pipeline * self.virtual_pipeline
+        if self.layers_per_stage is not None:
+            if len(self.layers_per_stage) != chunks:
+                yield Problem(
+                    ("layers_per_stage",),
+                    f"has {len(self.layers_per_stage)} numbers for {chunks} stages (pipeline "
+                    f"{self.pipeline} x virtual_pipeline {self.virtual_pipeline}); give {chunks}",
+                )
+            elif sum(self.layers_per_stage) != layers:
+                yield Problem(
+                    ("layers_per_stage",),
+                    f"sums to {sum(self.layers_per_stage)} layers, but the model has {layers}; "
+                    f"make it sum to {layers}",
+                )
+        elif layers % chunks:
+            key = "virtual_pipeline" if layers % self.pipeline == 0 else "pipeline"
+            valid = [
+                d // (self.pipeline if key == "virtual_pipeline" else self.virtual_pipeline)
+                for d in divisors(layers)
+                if d % (self.pipeline if key == "virtual_pipeline" else self.virtual_pipeline) == 0
+            ]
+            mend = f"use {choices(valid)}, or lay" if valid else "lay"
+            yield Problem(
+                (key,),
+                f"{chunks} stages do not divide {layers} layers; {mend} the layers out "
+                "by layers_per_stage",
+            )
+
+    def chunk_layers(self, layers: int) -> list[list[int]]:
+        """Global layer numbers of each stage in the order the model runs them.
+
+        Stage ``virtual * pipeline + rank`` is chunk ``virtual`` of pipeline rank ``rank``.
+        """
+        chunks = self.pipeline * self.virtual_pipeline
+        counts = self.layers_per_stage or (layers // chunks,) * chunks
+        starts = [sum(counts[:stage]) for stage in range(chunks)]
+        return [
+            list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)
+        ]

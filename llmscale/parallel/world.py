@@ -1,0 +1,99 @@
+"""Joining the world and making megatron-core's process groups from the layout."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from llmscale.errors import MachineError
+from llmscale.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among the others."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+
+def resolve_device(wanted: str) -> str:
+    """``auto`` becomes what the machine has.
+
+    Raises:
+        MachineError: if ``cuda`` is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise MachineError("cluster.device is cuda, but torch sees no GPU; set cluster.device=cpu")
+    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
+
+
+@contextmanager
+def joined_world(
+    *, rank: int, ranks: int, rendezvous: str, device: str, timeout_seconds: float = 1800.0
+) -> Iterator[World]:
+    """The process group of all ranks: NCCL on CUDA, gloo on the CPU.
+
+    Args:
+        rendezvous: a ``torch.distributed`` init method, such as ``file:///...``.
+    """
+    with ExitStack() as stack:
+        if device == "cpu":
+            from llmscale.parallel.cuda_on_cpu import cuda_on_cpu
+
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+            stack.enter_context(cuda_on_cpu())
+        else:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl",
+            init_method=rendezvous,
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        stack.callback(dist.destroy_process_group)
+        where = torch.device("cpu") if device == "cpu" else torch.device("cuda")
+        yield World(rank, ranks, where)
+
+
+@contextmanager
+def process_groups(layout: Layout, seed: int) -> Iterator[None]:
+    """megatron-core's groups for a layout, and its random states, destroyed at the end."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+        ),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def quiet_libraries() -> None:
+    """Keeps import-time notes about absent CUDA extensions out of every rank's log."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -1,0 +1,162 @@
+"""A recipe's stages in order: what is finished is skipped, what is not is resumed."""
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+from llmscale.artifacts import RunFolder, fingerprint, now, write_text
+from llmscale.clusters.base import Cluster, Job
+from llmscale.errors import Interrupted, LlmscaleError, RecipeError, StageError
+from llmscale.recipe.recipe import Recipe
+
+NAMED_PACKAGES = ("llmscale", "torch", "megatron-core", "transformers", "tokenizers", "numpy")
+
+
+class Display(Protocol):
+    """Who is told how a run goes."""
+
+    def stage_skipped(self, name: str) -> None:
+        """The stage was finished before."""
+
+    def stage_started(self, name: str, task: str, ranks: int) -> None:
+        """A task of the stage begins."""
+
+    def stage_finished(self, name: str, metrics: dict[str, object]) -> None:
+        """The stage is done."""
+
+    def note(self, line: str) -> None:
+        """Anything else worth a line."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What running a stage now would mean."""
+
+    name: str
+    fingerprint: str
+    action: str
+    """``skip``, ``start``, ``resume`` or ``rerun``."""
+
+
+@dataclass
+class Pipeline:
+    """A recipe in a run folder, on a cluster."""
+
+    recipe: Recipe
+    folder: RunFolder
+    cluster: Cluster
+    display: Display
+
+    def run(self, only: Iterable[str] | None = None, fresh: bool = False) -> None:
+        """Runs, or resumes, the stages.
+
+        Raises:
+            RecipeError: if the folder is in use, or a chosen stage needs an unfinished one.
+            StageError: if a stage failed.
+            Interrupted: if the user or the system stopped the run.
+        """
+        with self.folder.locked():
+            write_text(self.folder.recipe_file, self.recipe.to_yaml())
+            chosen = self._chosen(only)
+            if fresh:
+                for name in chosen:
+                    if self.folder.stage(name).path.exists():
+                        kept = self.folder.set_aside(name)
+                        self.display.note(f"{name}: the former result is kept in {kept}")
+            for name in chosen:
+                self._run_stage(name, chosen)
+
+    def plans(self, only: Iterable[str] | None = None) -> list[Plan]:
+        """What ``run`` would do with each stage, in order."""
+        return [self._plan(name) for name in self._chosen(only)]
+
+    def _chosen(self, only: Iterable[str] | None) -> list[str]:
+        order = self.recipe.order()
+        if only is None:
+            return order
+        wanted = list(only)
+        for name in wanted:
+            if name not in order:
+                raise RecipeError(f"--stages: {name!r} is no stage; use {', '.join(order)}")
+        return [name for name in order if name in wanted]
+
+    def _fingerprint(self, name: str) -> str:
+        stage = self.recipe.stages[name]
+        linked = stage.linked(self.recipe.stages)
+        inputs = {key: self._fingerprint(needed) for key, needed in linked.items()}
+        for key in stage.links:
+            named = getattr(stage, key)
+            if key not in inputs and named is not None:
+                inputs[key] = _folder_fingerprint(Path(named))
+        return stage.fingerprint(self.recipe.seed, inputs)
+
+    def _plan(self, name: str) -> Plan:
+        manifest = self.folder.stage(name).manifest()
+        wanted = self._fingerprint(name)
+        if not manifest:
+            action = "start"
+        elif manifest.get("fingerprint") != wanted:
+            action = "rerun"
+        else:
+            action = "skip" if manifest.get("status") == "finished" else "resume"
+        return Plan(name, wanted, action)
+
+    def _run_stage(self, name: str, chosen: list[str]) -> None:
+        plan = self._plan(name)
+        if plan.action == "skip":
+            self.display.stage_skipped(name)
+            return
+        stage = self.recipe.stages[name]
+        linked = stage.linked(self.recipe.stages)
+        for needed in linked.values():
+            if needed not in chosen and self._plan(needed).action != "skip":
+                raise RecipeError(f"--stages: {name} needs {needed}, which is not finished; add it")
+        if plan.action == "rerun":
+            kept = self.folder.set_aside(name)
+            self.display.note(f"{name}: the recipe changed; the former result is kept in {kept}")
+        folder = self.folder.stage(name)
+        folder.update_manifest(
+            stage=name,
+            kind=stage.kind,
+            status="running",
+            fingerprint=plan.fingerprint,
+            inputs={
+                key: {"stage": n, "fingerprint": self._fingerprint(n)} for key, n in linked.items()
+            },
+            started=folder.manifest().get("started", now()),
+            finished=None,
+            error=None,
+            versions=_versions(),
+        )
+        try:
+            for task in stage.tasks(self.recipe.cluster):
+                self.display.stage_started(name, task.name, task.ranks)
+                self.cluster.run(Job(self.folder.path.absolute(), name, task))
+        except LlmscaleError as error:
+            status = "interrupted" if isinstance(error, Interrupted) else "failed"
+            folder.update_manifest(status=status, error=str(error))
+            raise
+        except OSError as error:
+            folder.update_manifest(status="failed", error=str(error))
+            raise StageError(f"{name}: {error}") from None
+        outputs = sorted(p.name for p in folder.path.iterdir() if not p.name.startswith("."))
+        folder.update_manifest(status="finished", finished=now(), outputs=outputs)
+        self.display.stage_finished(name, folder.manifest().get("metrics", {}))
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return fingerprint([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in NAMED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

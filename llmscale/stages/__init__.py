@@ -1,0 +1,14 @@
+"""The kinds of stages. A new kind is one file here and one line below."""
+
+from llmscale.stages.base import Stage
+from llmscale.stages.evaluate import Evaluate
+from llmscale.stages.prepare import Prepare
+from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.tokenizer import Tokenizer
+
+KINDS: dict[str, type[Stage]] = {
+    "prepare": Prepare,
+    "tokenizer": Tokenizer,
+    "pretrain": Pretrain,
+    "evaluate": Evaluate,
+}

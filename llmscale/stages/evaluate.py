@@ -1,0 +1,128 @@
+"""Measuring a model: perplexity, bits per byte, and samples of its text."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmscale.artifacts import write_json
+from llmscale.data.corpus import read_split
+from llmscale.data.documents import read_documents
+from llmscale.errors import RecipeError
+from llmscale.evaluation.generation import Decoding, Generation, generate
+from llmscale.settings import Problem, Settings
+from llmscale.stages.base import Link, RecipePath, RecipeView, Stage, StageOrFolder, Workspace
+
+
+class Perplexity(Settings):
+    """Which text is scored, and by windows of which length and stride, in tokens."""
+
+    split: Literal["train", "validation"] | None = None
+    text: RecipePath | None = None
+    window: PositiveInt | None = None
+    stride: PositiveInt | None = None
+
+
+class Samples(Generation):
+    """Texts the model goes on from."""
+
+    prompts: tuple[str, ...] = Field(min_length=1)
+    decoding: Decoding = "sample"
+
+
+class Evaluate(Stage):
+    """``kind: evaluate``."""
+
+    kind: Literal["evaluate"]
+    model: StageOrFolder
+    corpus: str | None = None
+    perplexity: Perplexity | None = None
+    samples: Samples | None = None
+
+    links: ClassVar[Mapping[str, Link]] = {
+        "model": Link(("pretrain",), or_folder=True),
+        "corpus": Link(("prepare",)),
+    }
+
+    def linked(self, stages: Mapping[str, Stage]) -> dict[str, str]:
+        """Without a ``corpus`` of its own, the one its model was trained on."""
+        named = super().linked(stages)
+        trained_on = getattr(stages.get(self.model), "corpus", None)
+        if "corpus" not in named and trained_on in stages:
+            named["corpus"] = str(trained_on)
+        return named
+
+    def problems(self, view: RecipeView) -> Iterator[Problem]:
+        if self.perplexity is None and self.samples is None:
+            yield Problem((), "measures nothing; add perplexity or samples")
+        if self.perplexity is not None:
+            yield from self._perplexity_problems(self.perplexity, view)
+
+    def _perplexity_problems(self, perplexity: Perplexity, view: RecipeView) -> Iterator[Problem]:
+        if (perplexity.split is None) == (perplexity.text is None):
+            yield Problem(("perplexity",), "give either split or text, not both and not none")
+        elif perplexity.split is not None and "corpus" not in self.linked(view.stages):
+            yield Problem(
+                ("perplexity", "split"),
+                "there is no corpus to take it from; set corpus, or give perplexity.text",
+            )
+        elif perplexity.text is not None and not Path(perplexity.text).is_file():
+            yield Problem(("perplexity", "text"), f"{perplexity.text} is no file; give a text")
+        if perplexity.window and perplexity.stride and perplexity.stride > perplexity.window:
+            yield Problem(
+                ("perplexity", "stride"),
+                f"{perplexity.stride} is above window {perplexity.window}, which would leave "
+                f"tokens out; use at most {perplexity.window}",
+            )
+
+    def run(self, task: str, workspace: Workspace) -> None:
+        from llmscale.evaluation.models import load_model
+
+        model, tokenizer = load_model(workspace.inputs["model"], workspace.device)
+        if self.perplexity is not None:
+            workspace.folder.add_metrics(
+                **self._score(self.perplexity, model, tokenizer, workspace)
+            )
+        if self.samples is not None:
+            self._sample(self.samples, model, tokenizer, workspace)
+
+    def _texts(self, perplexity: Perplexity, workspace: Workspace) -> Iterable[str]:
+        if perplexity.split is not None:
+            return read_split(workspace.inputs["corpus"], perplexity.split)
+        return (document.text for document in read_documents(Path(str(perplexity.text))))
+
+    def _score(
+        self, perplexity: Perplexity, model: Any, tokenizer: Any, workspace: Workspace
+    ) -> dict[str, float]:
+        from llmscale.evaluation.perplexity import likelihood, unigram_entropy
+
+        texts = list(self._texts(perplexity, workspace))
+        if not any(texts):
+            raise RecipeError("there is no text to score; raise the corpus's validation_fraction")
+        longest = model.config.max_position_embeddings
+        length = min(perplexity.window or longest, longest)
+        total = likelihood(
+            model,
+            tokenizer,
+            texts,
+            length=length,
+            stride=min(perplexity.stride or max(1, length // 2), length),
+            on_text=lambda done: workspace.progress.update(done, len(texts), "texts"),
+        )
+        counts = Counter(
+            token
+            for text in texts
+            for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+        return {**total.metrics(), "unigram_entropy": unigram_entropy(counts.values())}
+
+    def _sample(self, samples: Samples, model: Any, tokenizer: Any, workspace: Workspace) -> None:
+        texts = []
+        for number, prompt in enumerate(samples.prompts):
+            workspace.progress.update(number, len(samples.prompts), "samples")
+            text = generate(model, tokenizer, prompt, samples, workspace.seed + number)
+            texts.append({"prompt": prompt, "text": text})
+        write_json(workspace.folder.path / "samples.json", texts)
+        workspace.progress.update(len(texts), len(texts), "samples")

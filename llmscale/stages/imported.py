@@ -1,0 +1,70 @@
+"""What ``llmscale import`` makes of a Hugging Face folder: sharded weights for any layout."""
+
+import shutil
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+
+from llmscale.artifacts import COMPLETE, checksum, damage, mark_complete, new_folder
+from llmscale.errors import RecipeError
+from llmscale.models.architecture import Architecture, huggingface_vocabulary
+from llmscale.models.huggingface import HuggingFaceWeights, fill
+from llmscale.parallel.layout import Layout
+from llmscale.parallel.world import joined_world, process_groups
+from llmscale.training.checkpoint import model_state, set_weights
+from llmscale.training.megatron_engine import MegatronEngine
+from llmscale.training.settings import Optimizer
+
+WEIGHTS = "weights"
+
+
+def is_import(folder: Path) -> bool:
+    """Whether ``import_huggingface`` made the folder."""
+    return (folder / WEIGHTS / COMPLETE).exists()
+
+
+def import_huggingface(source: Path, target: Path) -> int:
+    """Writes ``target`` with sharded weights beside the folder's configuration and tokenizer.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        RecipeError: if the folder is not a Llama or GPT-2 model in safetensors.
+    """
+    architecture = Architecture.from_huggingface(source)
+    vocabulary = huggingface_vocabulary(source)
+    try:
+        weights = HuggingFaceWeights(source)
+    except FileNotFoundError as error:
+        raise RecipeError(f"{error}; give a folder with safetensors") from None
+    with new_folder(target) as folder:
+        rendezvous = f"file://{folder}/.rendezvous"
+        layout = Layout()
+        with (
+            joined_world(rank=0, ranks=1, rendezvous=rendezvous, device="cpu"),
+            process_groups(layout, seed=0),
+        ):
+            engine = MegatronEngine(architecture, vocabulary, layout, Optimizer(learning_rate=1.0))
+            fill(engine.chunks, architecture, vocabulary, weights)
+            path = folder / WEIGHTS
+            path.mkdir()
+            dist_checkpointing.save(model_state(engine), str(path))
+        (folder / ".rendezvous").unlink(missing_ok=True)
+        mark_complete(path, {file.name: checksum(file) for file in sorted(path.iterdir())})
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja"):
+                shutil.copy(file, folder / file.name)
+    return architecture.parameters(vocabulary)
+
+
+def load_imported(engine: MegatronEngine, folder: Path) -> None:
+    """Sets the engine's weights from an import, at the engine's own layout; collective.
+
+    Raises:
+        RecipeError: if a checksum does not hold.
+    """
+    path = folder / WEIGHTS
+    if (wrong := damage(path)) is not None:
+        raise RecipeError(f"{path}: {wrong}; run llmscale import again")
+    set_weights(engine, dist_checkpointing.load(model_state(engine), str(path)))

@@ -1,0 +1,66 @@
+"""Text to a cleaned corpus, split into training and validation."""
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from llmscale.data.corpus import write_corpus
+from llmscale.data.documents import Document, read_documents
+from llmscale.errors import RecipeError
+from llmscale.settings import Problem, Settings
+from llmscale.stages.base import RecipePath, RecipeView, Stage, Workspace
+
+
+class Source(Settings):
+    """Files of text (``.jsonl``: a document a line; any other: a document a file)."""
+
+    path: RecipePath
+    text_key: str = "text"
+
+    def files(self) -> list[Path]:
+        """The files the pattern names, sorted."""
+        return sorted(Path(name) for name in glob.glob(self.path, recursive=True))
+
+
+class Prepare(Stage):
+    """``kind: prepare``."""
+
+    kind: Literal["prepare"]
+    sources_: tuple[Source, ...] = Field(alias="sources", min_length=1)
+    validation_fraction: float = Field(default=0.01, ge=0, lt=1)
+
+    def problems(self, view: RecipeView) -> Iterator[Problem]:
+        for index, source in enumerate(self.sources_):
+            if not any(file.is_file() for file in source.files()):
+                yield Problem(
+                    ("sources", str(index), "path"),
+                    f"no file matches {source.path}; relative paths start from the recipe's folder",
+                )
+
+    def sources(self) -> list[list[object]]:
+        return [
+            [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+            for source in self.sources_
+            for file in source.files()
+        ]
+
+    def run(self, task: str, workspace: Workspace) -> None:
+        files = [(file, source) for source in self.sources_ for file in source.files()]
+
+        def documents() -> Iterator[Document]:
+            for number, (file, source) in enumerate(files):
+                workspace.progress.update(number, len(files), "files", file.name)
+                yield from read_documents(file, source.text_key)
+
+        counts = write_corpus(
+            documents, workspace.folder.path, self.validation_fraction, workspace.seed
+        )
+        workspace.progress.update(len(files), len(files), "files")
+        if not counts["train"]["documents"]:
+            raise RecipeError(
+                "no document is left for training; add documents or lower validation_fraction"
+            )
+        workspace.folder.add_metrics(**counts)

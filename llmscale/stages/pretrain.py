@@ -1,0 +1,115 @@
+"""Pretraining a decoder on a tokenized corpus, at any layout."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from llmscale.clusters.base import ClusterSettings, Task
+from llmscale.errors import RecipeError
+from llmscale.models.architecture import Architecture
+from llmscale.parallel.layout import Layout
+from llmscale.settings import Problem, not_identity, under
+from llmscale.stages.base import Link, RecipePath, RecipeView, Stage, StageOrFolder, Workspace
+from llmscale.training.settings import (
+    Batch,
+    Checkpointing,
+    Health,
+    Optimizer,
+    Precision,
+    Recompute,
+    Validation,
+)
+
+
+class Pretrain(Stage):
+    """``kind: pretrain``. Gives ``checkpoints/`` and, of the best one, ``hf/``.
+
+    ``start_from`` is a Hugging Face folder, or what ``llmscale import`` made of one; the
+    architecture then is the folder's, and ``model`` is left out.
+    """
+
+    kind: Literal["pretrain"]
+    corpus: str
+    tokenizer: StageOrFolder
+    model: Architecture | None = None
+    start_from: RecipePath | None = None
+    sequence_length: PositiveInt | None = None
+    parallel: Layout = Field(**not_identity(default=Layout()))
+    batch: Batch
+    optimizer: Optimizer
+    steps: PositiveInt
+    precision: Precision = "fp32"
+    recompute: Recompute = Field(**not_identity(default="none"))
+    checkpoint: Checkpointing = Checkpointing()
+    validation: Validation = Validation()
+    health: Health = Health()
+
+    product: ClassVar[str] = "hf"
+    links: ClassVar[Mapping[str, Link]] = {
+        "corpus": Link(("prepare",)),
+        "tokenizer": Link(("tokenizer",), or_folder=True),
+    }
+
+    def architecture(self) -> Architecture:
+        """The model's architecture, from the recipe or the folder it starts from.
+
+        Raises:
+            RecipeError: if the folder's ``config.json`` cannot be used.
+        """
+        if self.model is not None:
+            return self.model
+        return Architecture.from_huggingface(Path(str(self.start_from)))
+
+    @property
+    def window(self) -> int:
+        """Tokens a training sample predicts."""
+        return self.sequence_length or self.architecture().sequence_length
+
+    def problems(self, view: RecipeView) -> Iterator[Problem]:
+        ranks, layout = view.cluster.ranks, self.parallel
+        try:
+            architecture = self._checked_architecture()
+        except RecipeError as error:
+            key = "model" if self.start_from is None or self.model is not None else "start_from"
+            yield Problem((key,), str(error))
+            return
+        yield from under("model", architecture.problems())
+        misfits = [*layout.problems(ranks=ranks), *architecture.layout_problems(layout)]
+        yield from under("parallel", misfits)
+        if not misfits:
+            batch_problems = self.batch.problems(
+                data_ranks=layout.data_ranks(ranks),
+                pipeline=layout.pipeline,
+                virtual_pipeline=layout.virtual_pipeline,
+            )
+            yield from under("batch", batch_problems)
+        yield from under("optimizer", self.optimizer.problems(self.steps))
+        if self.window > architecture.sequence_length:
+            yield Problem(
+                ("sequence_length",),
+                f"{self.window} is above the model's {architecture.sequence_length}; "
+                f"use at most {architecture.sequence_length}",
+            )
+
+    def _checked_architecture(self) -> Architecture:
+        if (self.model is None) == (self.start_from is None):
+            raise RecipeError("give either model or start_from, not both and not none")
+        return self.architecture()
+
+    def sources(self) -> list[object]:
+        return [self.start_from and Path(self.start_from, "config.json").stat().st_mtime_ns]
+
+    def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
+        return (Task("tokens"), Task("train", cluster.ranks))
+
+    def run(self, task: str, workspace: Workspace) -> None:
+        if task == "tokens":
+            from llmscale.stages.tokens import make_tokens
+
+            make_tokens(self, workspace)
+        else:
+            from llmscale.stages.pretrain_rank import pretrain
+
+            pretrain(self, workspace)

@@ -1,0 +1,169 @@
+"""One pretraining rank, from its settings to an exported model: the build order, a line a step."""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from llmscale.artifacts import publish_folder, read_json
+from llmscale.models.huggingface import HuggingFaceWeights, export, fill
+from llmscale.parallel.world import World, joined_world, process_groups
+from llmscale.stages.base import Workspace
+from llmscale.stages.imported import is_import, load_imported
+from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.tokens import ABOUT, token_samples
+from llmscale.training.checkpoint import Checkpoints, TrainingState
+from llmscale.training.log import TrainingLog
+from llmscale.training.loop import Trainer
+from llmscale.training.megatron_engine import MegatronEngine
+from llmscale.training.peak import peak_flops
+from llmscale.training.signals import listening
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def pretrain(stage: Pretrain, workspace: Workspace) -> None:
+    """Trains and exports the best checkpoint; every rank of the task calls it."""
+    with (
+        listening() as stop,
+        joined_world(
+            rank=workspace.rank,
+            ranks=workspace.ranks,
+            rendezvous=workspace.rendezvous,
+            device=workspace.device,
+            timeout_seconds=stage.health.timeout_seconds,
+        ) as world,
+        process_groups(stage.parallel, workspace.seed),
+    ):
+        vocabulary = read_json(workspace.folder.path / "tokens" / ABOUT)["vocabulary"]
+        engine = MegatronEngine(
+            stage.architecture(),
+            vocabulary,
+            stage.parallel,
+            stage.optimizer,
+            precision=stage.precision,
+            recompute=stage.recompute,
+            device=workspace.device,
+        )
+        say = print if world.first else _silent
+        checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
+        state = _restored_or_initial(stage, workspace, engine, checkpoints)
+        log = _log(stage, workspace, world, engine, state)
+        samples = token_samples(stage, workspace, "train")
+        assert samples is not None, "make_tokens refuses a training split that is too short"
+        trainer = Trainer(
+            engine=engine,
+            samples=samples,
+            validation=token_samples(stage, workspace, "validation"),
+            validation_samples=stage.validation.samples,
+            steps=stage.steps,
+            batch=stage.batch,
+            checkpointing=stage.checkpoint,
+            health=stage.health,
+            checkpoints=checkpoints,
+            stop=stop,
+            log=log,
+            say=say,
+        )
+        try:
+            state = trainer.train(state)
+        finally:
+            if log is not None:
+                log.close()
+        export_best(stage, workspace, engine, checkpoints, state)
+
+
+def _silent(_line: str) -> None:
+    pass
+
+
+def _restored_or_initial(
+    stage: Pretrain, workspace: Workspace, engine: MegatronEngine, checkpoints: Checkpoints
+) -> TrainingState:
+    newest = checkpoints.newest_whole()
+    if newest is not None:
+        return checkpoints.load(engine, newest)
+    set_initial_weights(stage, workspace.seed, engine)
+    return TrainingState()
+
+
+def set_initial_weights(stage: Pretrain, seed: int, engine: MegatronEngine) -> None:
+    """Weights from the folder the stage starts from, else from the seed."""
+    folder = Path(stage.start_from) if stage.start_from else None
+    if folder is not None and is_import(folder):
+        load_imported(engine, folder)
+    else:
+        source = seed if folder is None else HuggingFaceWeights(folder)
+        fill(engine.chunks, engine.architecture, engine.vocabulary, source)
+
+
+def _log(
+    stage: Pretrain,
+    workspace: Workspace,
+    world: World,
+    engine: MegatronEngine,
+    state: TrainingState,
+) -> TrainingLog | None:
+    """The log of rank 0; the peak is measured while the other ranks wait."""
+    log = None
+    if world.first:
+        peak = peak_flops(world.device, stage.precision)
+        if peak is not None and world.device.type == "cuda":
+            peak *= world.ranks
+        log = TrainingLog(
+            workspace.folder,
+            workspace.progress,
+            steps=stage.steps,
+            resumed_step=state.step,
+            flops_per_token=engine.architecture.flops_per_token(engine.vocabulary, stage.window),
+            peak_flops=peak,
+        )
+    dist.barrier()
+    return log
+
+
+def export_best(
+    stage: Pretrain,
+    workspace: Workspace,
+    engine: MegatronEngine,
+    checkpoints: Checkpoints,
+    state: TrainingState,
+) -> None:
+    """Writes ``hf/`` from the checkpoint of least validation loss, else the last; collective."""
+    best = state.best_step or state.step
+    if best != state.step:
+        checkpoints.load_weights(engine, best)
+    export_folder(engine, workspace.folder.hf, workspace.inputs["tokenizer"])
+    if dist.get_rank() == 0:
+        workspace.folder.add_metrics(
+            steps=state.step,
+            tokens_seen=state.tokens,
+            best_step=best,
+            validation_loss=state.best_loss,
+            parameters=engine.architecture.parameters(engine.vocabulary),
+        )
+
+
+def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path) -> None:
+    """Writes a Hugging Face folder with its tokenizer, whole or not at all; collective."""
+    beside = target.with_name(f".{target.name}.partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copy(tokenizer / name, beside / name)
+    dist.barrier()
+    export(engine.chunks, engine.architecture, engine.vocabulary, beside)
+    if dist.get_rank() == 0:
+        publish_folder(beside, target)
+    dist.barrier()

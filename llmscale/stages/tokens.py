@@ -1,0 +1,73 @@
+"""The corpus as tokens on disk: made once, by one process, before any rank starts."""
+
+from pathlib import Path
+
+from llmscale.artifacts import new_folder, read_json, write_json
+from llmscale.data.corpus import SPLITS, read_split
+from llmscale.data.samples import Samples
+from llmscale.data.tokenizer import load_tokenizer
+from llmscale.data.tokens import TokenStream, write_tokens
+from llmscale.errors import RecipeError
+from llmscale.models.architecture import huggingface_vocabulary
+from llmscale.stages.base import Workspace
+from llmscale.stages.pretrain import Pretrain
+
+ABOUT = "tokens.json"
+
+
+def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
+    """Writes ``tokens/train`` and ``tokens/validation`` (.bin, .idx) and what they are.
+
+    Raises:
+        RecipeError: if the training split is too short for one sample.
+    """
+    folder = workspace.folder.path / "tokens"
+    if (folder / ABOUT).exists():
+        return
+    tokenizer = load_tokenizer(workspace.inputs["tokenizer"])
+    documents = sum(1 for split in SPLITS for _ in read_split(workspace.inputs["corpus"], split))
+    before = 0
+    with new_folder(folder) as beside:
+        counts = {}
+        for split in SPLITS:
+
+            def on_document(number: int, before: int = before) -> None:
+                workspace.progress.update(before + number, documents, "documents", "tokens")
+
+            texts = read_split(workspace.inputs["corpus"], split)
+            counts[split] = write_tokens(texts, tokenizer, beside / split, on_document)
+            before += sum(1 for _ in read_split(workspace.inputs["corpus"], split))
+        about = {
+            "vocabulary": _vocabulary(stage, len(tokenizer)),
+            "end_of_text": tokenizer.eos_token_id,
+            **counts,
+        }
+        if counts["train"] <= stage.window:
+            raise RecipeError(
+                f"the training split has {counts['train']} tokens, too few for one sample of "
+                f"{stage.window} + 1; add text or lower sequence_length"
+            )
+        write_json(beside / ABOUT, about)
+    workspace.folder.add_metrics(tokens=counts)
+
+
+def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
+    """The model's vocabulary: the tokenizer's, or that of the model the stage starts from."""
+    if stage.start_from is None:
+        return tokenizer_size
+    size = huggingface_vocabulary(Path(stage.start_from))
+    if tokenizer_size > size:
+        raise RecipeError(
+            f"the tokenizer has {tokenizer_size} tokens, more than the {size} of "
+            f"{stage.start_from}; use that folder as tokenizer"
+        )
+    return size
+
+
+def token_samples(stage: Pretrain, workspace: Workspace, split: str) -> Samples | None:
+    """The samples of a split; None if it is too short for one."""
+    stream_tokens = read_json(workspace.folder.path / "tokens" / ABOUT)[split]
+    if stream_tokens <= stage.window:
+        return None
+    stream = TokenStream(workspace.folder.path / "tokens" / split)
+    return Samples(stream, stage.window, workspace.seed)

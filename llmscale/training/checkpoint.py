@@ -1,0 +1,283 @@
+"""Checkpoints: sharded, loadable at any other layout, whole or not there at all.
+
+A checkpoint is written beside its place by all ranks, sealed by ``COMPLETE`` with every
+file's checksum, and renamed. Loading takes the newest one whose checksums hold.
+"""
+
+import queue
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as strategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from llmscale.artifacts import (
+    checksum,
+    damage,
+    mark_complete,
+    publish_folder,
+    read_json,
+    write_json,
+)
+from llmscale.models.megatron import inner_model
+from llmscale.training.adam_state import separate_step_counts
+from llmscale.training.megatron_engine import MegatronEngine
+
+STATE = "state.json"
+OPTIMIZER_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where training stands: what of the run's state is not a tensor."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+class _ThreadedWriter(FileSystemWriterAsync):
+    """megatron-core's checkpoint writer without the processes it starts for every file.
+
+    Starting a manager and a writer by process costs seconds a rank; a thread costs nothing,
+    since writing holds no lock of Python's.
+    """
+
+    def prepare_write_data(self, plan: Any, planner: Any) -> None:
+        with patch.object(filesystem_async, "_get_write_results_queue", queue.SimpleQueue):
+            super().prepare_write_data(plan, planner)
+        self.write_buckets = [
+            (path, name, (objects, [(item, tensor.cpu().clone()) for item, tensor in tensors]))
+            for path, name, (objects, tensors) in self.write_buckets
+        ]
+
+    def get_save_function_and_args(self) -> tuple[Callable[[], None], None, list[Any]]:
+        return self._write, None, []
+
+    def _write(self) -> None:
+        """Leaves each bucket's results, or the error, where megatron-core's ``finish`` looks."""
+        transforms = [self.transforms] if hasattr(self, "transforms") else []
+        results: dict[int, Any] = {}
+        for number, bucket in enumerate(self.write_buckets):
+            done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            count: queue.Queue[int] = queue.Queue()
+            count.put(number)
+            self.write_preloaded_data(transforms, number, bucket, done, count, use_fsync=True)
+            _, results[number] = done.get()
+        if self.results_queue is not None:
+            failed = next((r for r in results.values() if isinstance(r, Exception)), None)
+            self.results_queue.put(failed or results)
+
+
+class _Saving:
+    """A checkpoint on its way: planned, its local files being written, not yet sealed."""
+
+    def __init__(self, request: Any, beside: Path, target: Path, state: TrainingState) -> None:
+        self.beside, self.target, self.state = beside, target, state
+        self._request = request
+        self._pool = ThreadPoolExecutor(1)
+        self._writing = self._pool.submit(request.async_fn, *request.async_fn_args)
+
+    def written(self) -> bool:
+        """Whether every rank has written its files; collective."""
+        flag = torch.tensor([float(self._writing.done())], device=_collective_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def finish(self) -> None:
+        """Waits for this rank's files and writes the shared metadata; collective."""
+        self._writing.result()
+        self._pool.shutdown()
+        for finalize in self._request.finalize_fns:
+            finalize()
+
+
+def _collective_device() -> str:
+    return "cpu" if dist.get_backend() == "gloo" else "cuda"
+
+
+class Checkpoints:
+    """The checkpoints of one stage. Every method is collective unless it says otherwise."""
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._say = say
+        self._saving: _Saving | None = None
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self._folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """The steps that have a folder here, ascending; not collective."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*"))
+
+    def newest_whole(self) -> int | None:
+        """The newest step whose checksums hold; a damaged one is named and passed over."""
+        found: list[int | None] = [None]
+        if dist.get_rank() == 0:
+            for step in reversed(self.steps()):
+                wrong = damage(self.path(step))
+                if wrong is None:
+                    found = [step]
+                    break
+                self._say(f"{self.path(step)}: {wrong}; using the one before")
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def save(self, engine: MegatronEngine, state: TrainingState) -> None:
+        """Writes a checkpoint; afterwards prunes all but the newest ``keep`` and the best."""
+        self.begin(engine, state)
+        self.finish()
+
+    def begin(self, engine: MegatronEngine, state: TrainingState) -> None:
+        """Takes a copy of the state and starts writing it in the background."""
+        self.finish()
+        target = self.path(state.step)
+        beside = target.with_name(f".{target.name}.partial")
+        if dist.get_rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        dist.barrier()
+        with patch.object(strategy, "FileSystemWriterAsync", _ThreadedWriter):
+            request = dist_checkpointing.save(
+                sharded_state(engine),
+                str(beside),
+                sharded_strategy=strategy.TorchDistSaveShardedStrategy(
+                    "torch_dist", 1, thread_count=1
+                ),
+                validate_access_integrity=False,
+                async_sharded_save=True,
+            )
+        self._saving = _Saving(request, beside, target, state)
+
+    def poll(self) -> None:
+        """Seals a checkpoint that was begun, if all its files are written."""
+        if self._saving is not None and self._saving.written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that was begun, if any, and seals it."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.finish()
+            self._seal(saving.beside, saving.target, saving.state)
+
+    def _seal(self, beside: Path, target: Path, state: TrainingState) -> None:
+        rank = dist.get_rank()
+        own = {path.name: checksum(path) for path in beside.glob(f"__{rank}_*")}
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        if rank == 0:
+            write_json(beside / STATE, asdict(state))
+            checksums = {name: value for part in everyone for name, value in part.items()}
+            rest = {path for path in beside.iterdir() if path.name not in checksums}
+            checksums.update({path.name: checksum(path) for path in sorted(rest)})
+            mark_complete(beside, checksums)
+            publish_folder(beside, target)
+            self._prune(state)
+        dist.barrier()
+
+    def _prune(self, state: TrainingState) -> None:
+        kept = {*self.steps()[-self._keep :], state.best_step}
+        for step in self.steps():
+            if step not in kept:
+                shutil.rmtree(self.path(step))
+
+    def load(self, engine: MegatronEngine, step: int) -> TrainingState:
+        """Restores weights, optimizer and, at the same number of ranks, random states."""
+        path = self.path(step)
+        state = sharded_state(engine, loading=True)
+        keys = dist_checkpointing.load_tensors_metadata(str(path))
+        if _random_key() not in keys:
+            state.pop("random")
+        loaded = dist_checkpointing.load(state, str(path))
+        set_weights(engine, loaded)
+        engine.optimizer.load_state_dict(loaded["optimizer"])
+        separate_step_counts(engine.optimizer)
+        if "random" in loaded:
+            _set_random_states(loaded["random"])
+        return TrainingState(**read_json(path / STATE))
+
+    def load_weights(self, engine: MegatronEngine, step: int) -> None:
+        """Restores the weights alone."""
+        set_weights(engine, dist_checkpointing.load(model_state(engine), str(self.path(step))))
+
+
+def model_state(engine: MegatronEngine) -> dict[str, Any]:
+    """The weights as sharded tensors whose keys and offsets do not depend on the layout."""
+    return {
+        f"model{number}": inner_model(chunk).sharded_state_dict(
+            metadata={"dp_cp_group": _data_group()}
+        )
+        for number, chunk in enumerate(engine.chunks)
+    }
+
+
+def set_weights(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
+    """Puts loaded tensors into the model; the counterpart of ``model_state``."""
+    for number, chunk in enumerate(engine.chunks):
+        inner_model(chunk).load_state_dict(loaded[f"model{number}"])
+
+
+def sharded_state(engine: MegatronEngine, loading: bool = False) -> dict[str, Any]:
+    """Everything that resumes a run, as megatron-core's sharded state."""
+    state = model_state(engine)
+    state["optimizer"] = engine.optimizer.sharded_state_dict(
+        dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
+    )
+    states = _random_states()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    state["random"] = ShardedTensor.from_rank_offsets(_random_key(), states, (0, rank, ranks))
+    return state
+
+
+def _data_group() -> Any:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _random_key() -> str:
+    return f"random_states_of_{dist.get_world_size()}_ranks"
+
+
+def _tracker_states() -> dict[str, torch.Tensor]:
+    return tensor_parallel.get_cuda_rng_tracker().get_states()
+
+
+def _random_states() -> torch.Tensor:
+    """PyTorch's generators, the device's, and megatron-core's tracked ones: ``[1, states, bytes]``."""
+    tracked = [state for _, state in sorted(_tracker_states().items())]
+    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
+    parts = [torch.get_rng_state(), device, *tracked]
+    width = max(part.numel() for part in parts)
+    rows = [torch.nn.functional.pad(part.cpu(), (0, width - part.numel())) for part in parts]
+    return torch.stack(rows).unsqueeze(0)
+
+
+def _set_random_states(states: torch.Tensor) -> None:
+    parts = list(states[0])
+    torch.set_rng_state(parts[0][: torch.get_rng_state().numel()].clone())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(parts[1][: torch.cuda.get_rng_state().numel()].clone())
+    tracked = {
+        name: part[: old.numel()].clone()
+        for (name, old), part in zip(sorted(_tracker_states().items()), parts[2:], strict=True)
+    }
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)

@@ -1,0 +1,185 @@
+"""The Megatron engine: owns a model, its optimizer and its parallelism."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads as finalize_gradients
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from llmscale.models.architecture import Architecture
+from llmscale.models.megatron import build_chunks, inner_model
+from llmscale.parallel.layout import Layout
+from llmscale.training import adam_state
+from llmscale.training.objectives import CausalBatch, causal_loss
+from llmscale.training.settings import Optimizer, Precision, Recompute
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, as every rank knows it: loss a token, tokens, gradient norm, and if it counted."""
+
+    loss: float
+    tokens: int
+    gradient_norm: float
+    applied: bool
+
+
+class MegatronEngine:
+    """Model chunks in data-parallel wrappers, with megatron-core's schedules and optimizer."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        vocabulary: int,
+        layout: Layout,
+        optimizer: Optimizer,
+        *,
+        precision: Precision = "fp32",
+        recompute: Recompute = "none",
+        device: str = "cpu",
+    ) -> None:
+        self.architecture = architecture
+        self.vocabulary = vocabulary
+        self.layout = layout
+        self.settings = optimizer
+        self.device = torch.device(device)
+        self.precision = precision
+        inner = build_chunks(architecture, vocabulary, layout, precision, recompute, device)
+        self.config = inner_model(inner[0]).config
+        data_parallel = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=optimizer.distributed,
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, data_parallel, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(inner)
+        ]
+        self._optimizer: Any = None
+
+    @property
+    def optimizer(self) -> Any:
+        """megatron-core's optimizer; made on first use, from the weights as they are then."""
+        if self._optimizer is None:
+            self._optimizer = get_megatron_optimizer(
+                _optimizer_config(self.settings, self.precision),
+                self.chunks,
+                use_gloo_process_groups=False,
+            )
+            self.config.grad_scale_func = self._optimizer.scale_loss
+            self.config.finalize_model_grads_func = finalize_gradients
+            adam_state.prepare(self._optimizer)
+        return self._optimizer
+
+    def train_step(self, batches: list[CausalBatch], learning_rate: float) -> StepResult:
+        """Forward, backward and, if loss and gradients are finite, the update; collective.
+
+        Args:
+            batches: this data rank's micro-batches of the global batch.
+        """
+        optimizer = self.optimizer
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss_sum, tokens = self._run(batches, forward_only=False)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        overflow = optimizer.prepare_grads()
+        norm = float("inf") if overflow else float(optimizer.get_grad_norm())
+        finite = bool(torch.isfinite(torch.tensor([loss_sum, norm])).all())
+        if finite:
+            self._clip(norm)
+            optimizer.step_with_ready_grads()
+        return StepResult(loss_sum / max(tokens, 1), tokens, norm, finite)
+
+    def _clip(self, norm: float) -> None:
+        for optimizer in self.optimizer.chained_optimizers:
+            if self.settings.gradient_clip > 0 and optimizer.get_parameters():
+                from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+                clip_grad_by_total_norm_fp32(
+                    optimizer.get_parameters(), self.settings.gradient_clip, norm
+                )
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[CausalBatch]) -> tuple[float, int]:
+        """The summed loss and token count of a global batch, on every rank; collective."""
+        for chunk in self.chunks:
+            chunk.eval()
+        result = self._run(batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return result
+
+    def _run(self, batches: list[CausalBatch], forward_only: bool) -> tuple[float, int]:
+        micro_batch, length = batches[0].tokens_bs.shape
+        iterators: list[Iterator[CausalBatch]] = [iter(batches) for _ in self.chunks]
+        parts = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=micro_batch,
+            forward_only=forward_only,
+        )
+        return self._total(parts)
+
+    def _total(self, parts: Iterable[Tensor]) -> tuple[float, int]:
+        """Sums (loss, tokens) over micro-batches and data ranks; known to all ranks.
+
+        Only the last pipeline stage has parts, and its tensor ranks have equal ones.
+        """
+        own = sum(parts, torch.zeros(2, dtype=torch.float64, device=self.device))
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            own = torch.zeros_like(own)
+        dist.all_reduce(own)
+        return float(own[0]), int(own[1])
+
+    @torch.no_grad()
+    def logits(self, tokens_bs: Tensor) -> Tensor:
+        """Logits ``[b, s, v]`` over the true vocabulary; only without pipeline stages."""
+        if self.layout.pipeline > 1:
+            raise ValueError("logits need pipeline 1")
+        positions = torch.arange(tokens_bs.shape[1], device=tokens_bs.device).expand_as(tokens_bs)
+        model = inner_model(self.chunks[0])
+        out = model(tokens_bs, positions, None, runtime_gather_output=True)
+        return out[..., : self.vocabulary]
+
+
+def _forward_step(iterator: Iterator[CausalBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = model(batch.tokens_bs, batch.positions_bs, None, labels=batch.labels_bs)
+    return output, partial(_loss, batch)
+
+
+def _loss(batch: CausalBatch, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total, tokens = causal_loss(losses_bs, batch)
+    return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+
+
+def _optimizer_config(settings: Optimizer, precision: Precision) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.learning_rate,
+        min_lr=settings.minimum_learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.gradient_clip,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            precision
+        ],
+        use_distributed_optimizer=settings.distributed,
+    )

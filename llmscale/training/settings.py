@@ -1,0 +1,101 @@
+"""What a recipe says of training, for every kind of stage that trains."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from llmscale.settings import Problem, Settings, nearest_multiples, not_identity
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Batch(Settings):
+    """Samples a step: ``global`` over all ranks, ``micro`` in one forward pass of one rank."""
+
+    global_: PositiveInt = Field(alias="global")
+    micro: PositiveInt = Field(**not_identity(default=1))
+
+    def problems(
+        self, *, data_ranks: int, pipeline: int, virtual_pipeline: int
+    ) -> Iterator[Problem]:
+        """What stops the global batch from being split evenly."""
+        per_pass = self.micro * data_ranks
+        if self.global_ % per_pass:
+            yield Problem(
+                ("global",),
+                f"micro {self.micro} x data {data_ranks} = {per_pass} does not divide "
+                f"{self.global_}; use {nearest_multiples(self.global_, per_pass)}",
+            )
+        elif virtual_pipeline > 1 and (self.global_ // per_pass) % pipeline:
+            passes = self.global_ // per_pass
+            yield Problem(
+                ("global",),
+                f"{passes} micro-batches a rank are no multiple of pipeline {pipeline}, as the "
+                f"interleaved schedule needs; use "
+                f"{nearest_multiples(self.global_, per_pass * pipeline)}",
+            )
+
+
+class Optimizer(Settings):
+    """AdamW (Loshchilov and Hutter 2019) and its learning-rate schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat
+    minimum_learning_rate: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = None
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    gradient_clip: NonNegativeFloat = 1.0
+    distributed: bool = Field(**not_identity(default=False))
+
+    def problems(self, steps: int) -> Iterator[Problem]:
+        """What does not fit into the number of steps."""
+        if self.warmup_steps > steps:
+            yield Problem(
+                ("warmup_steps",),
+                f"{self.warmup_steps} is above steps {steps}; use at most {steps}",
+            )
+        if self.minimum_learning_rate > self.learning_rate:
+            yield Problem(
+                ("minimum_learning_rate",),
+                f"{self.minimum_learning_rate} is above learning_rate {self.learning_rate}; "
+                "use a smaller one",
+            )
+        if self.decay_steps is not None and self.schedule != "wsd":
+            yield Problem(("decay_steps",), "only schedule wsd has it; remove it")
+        elif self.decay_steps is not None and self.decay_steps + self.warmup_steps > steps:
+            yield Problem(
+                ("decay_steps",),
+                f"{self.decay_steps} + warmup_steps {self.warmup_steps} is above steps {steps}; "
+                f"use at most {steps - self.warmup_steps}",
+            )
+
+
+class Checkpointing(Settings):
+    """When the whole state is saved, and how many are kept besides the best one."""
+
+    every: PositiveInt = Field(**not_identity(default=500))
+    keep: PositiveInt = Field(**not_identity(default=2))
+    asynchronous: bool = Field(**not_identity(default=False))
+
+
+class Validation(Settings):
+    """How often, and on how many samples, the validation loss is taken."""
+
+    every: PositiveInt = Field(**not_identity(default=500))
+    samples: PositiveInt = 256
+
+
+class Health(Settings):
+    """When a run that goes wrong stops."""
+
+    nonfinite_steps: PositiveInt = Field(**not_identity(default=5))
+    timeout_seconds: PositiveFloat = Field(**not_identity(default=1800.0))
+
+
+Recompute = Literal["none", "selective", "full"]
