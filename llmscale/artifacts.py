@@ -224,4 +224,18 @@ class RunFolder:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
-            yield
+            try:
+                yield
+            finally:
+                lock.truncate(0)
+
+    def holder(self) -> str | None:
+        """``process PID on HOST`` of who runs in this folder now; None if nobody does."""
+        try:
+            with (self.path / ".lock").open("r", encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            return (self.path / ".lock").read_text(encoding="utf-8").strip()

@@ -58,16 +58,17 @@ class Pipeline:
             StageError: if a stage failed.
             Interrupted: if the user or the system stopped the run.
         """
+        chosen = self._chosen(only)
+        self._require_inputs(chosen)
         with self.folder.locked():
             write_text(self.folder.recipe_file, self.recipe.to_yaml())
-            chosen = self._chosen(only)
             if fresh:
                 for name in chosen:
                     if self.folder.stage(name).path.exists():
                         kept = self.folder.set_aside(name)
                         self.display.note(f"{name}: the former result is kept in {kept}")
             for name in chosen:
-                self._run_stage(name, chosen)
+                self._run_stage(name)
 
     def plans(self, only: Iterable[str] | None = None) -> list[Plan]:
         """What ``run`` would do with each stage, in order."""
@@ -82,6 +83,14 @@ class Pipeline:
             if name not in order:
                 raise RecipeError(f"--stages: {name!r} is no stage; use {', '.join(order)}")
         return [name for name in order if name in wanted]
+
+    def _require_inputs(self, chosen: list[str]) -> None:
+        for name in chosen:
+            for needed in self.recipe.stages[name].linked(self.recipe.stages).values():
+                if needed not in chosen and self._plan(needed).action != "skip":
+                    raise RecipeError(
+                        f"--stages: {name} needs {needed}, which is not finished; add it"
+                    )
 
     def _fingerprint(self, name: str) -> str:
         stage = self.recipe.stages[name]
@@ -104,16 +113,13 @@ class Pipeline:
             action = "skip" if manifest.get("status") == "finished" else "resume"
         return Plan(name, wanted, action)
 
-    def _run_stage(self, name: str, chosen: list[str]) -> None:
+    def _run_stage(self, name: str) -> None:
         plan = self._plan(name)
         if plan.action == "skip":
             self.display.stage_skipped(name)
             return
         stage = self.recipe.stages[name]
         linked = stage.linked(self.recipe.stages)
-        for needed in linked.values():
-            if needed not in chosen and self._plan(needed).action != "skip":
-                raise RecipeError(f"--stages: {name} needs {needed}, which is not finished; add it")
         if plan.action == "rerun":
             kept = self.folder.set_aside(name)
             self.display.note(f"{name}: the recipe changed; the former result is kept in {kept}")

@@ -11,9 +11,9 @@ from llmscale.stages.base import Stage, Workspace
 
 def run_rank(job: Job, rank: int, rendezvous: str) -> None:
     """Runs one rank of one task of a stage."""
-    from llmscale.parallel.world import quiet_libraries, resolve_device
+    import llmscale.quiet  # noqa: F401
+    from llmscale.parallel.world import resolve_device
 
-    quiet_libraries()
     run_folder = RunFolder(job.run_folder)
     recipe = read_resolved(run_folder.recipe_file)
     stage = recipe.stages[job.stage]

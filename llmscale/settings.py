@@ -1,9 +1,11 @@
 """The base of everything a recipe holds, and how a setting says that it is wrong."""
 
+import json
+import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Problem(NamedTuple):
@@ -14,14 +16,27 @@ class Problem(NamedTuple):
 
 
 class Settings(BaseModel):
-    """A part of a recipe: typed, immutable, and strict about its keys."""
+    """A part of a recipe: typed, immutable, and strict: no key or type is guessed at."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False
+    )
+
+    keys_read_before: ClassVar[tuple[str, ...]] = ()
+    """Keys a user may write here that are gone when the settings are made."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_as_tuples(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
 
 
-def not_identity(**field: Any) -> dict[str, Any]:
-    """Marks a field that changes how a result is computed but not the result itself."""
-    return {"json_schema_extra": {"not_identity": True}, **field}
+NOT_IDENTITY = "not identity"
+"""Marks (by ``Annotated``) a field that changes how a result is computed, not the result."""
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -29,9 +44,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     return {
         name: _identity_value(getattr(settings, name))
         for name, field in type(settings).model_fields.items()
-        if not (
-            isinstance(field.json_schema_extra, dict) and "not_identity" in field.json_schema_extra
-        )
+        if NOT_IDENTITY not in field.metadata
     }
 
 
@@ -52,7 +65,23 @@ def under(prefix: str, problems: Iterable[Problem]) -> Iterable[Problem]:
 
 def divisors(number: int) -> list[int]:
     """All positive divisors, ascending."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
+def nearest(numbers: Iterable[int], wanted: int) -> list[int]:
+    """Those to offer in place of a wrong number: at most four below it and two above."""
+    ascending = sorted(numbers)
+    below = [number for number in ascending if number < wanted]
+    above = [number for number in ascending if number > wanted]
+    return below[-4:] + above[:2]
+
+
+def shown(value: object) -> str:
+    """A value as an error's line shows it: as YAML on one line, and short."""
+    plain = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    text = repr(plain) if isinstance(value, str) else plain
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def choices(numbers: Iterable[object]) -> str:

@@ -28,7 +28,7 @@ from llmscale.errors import Interrupted, LlmscaleError, StageError
 
 Entry = Callable[[Job, int, str], None]
 
-PRELOADED = ["llmscale.stages.pretrain_rank"]
+PRELOADED = ["llmscale.quiet", "llmscale.stages.pretrain_rank"]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_FOR_OTHERS_ERRORS = 1.0
 POLL_SECONDS = 0.1

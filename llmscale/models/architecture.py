@@ -4,15 +4,24 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, ValidationError
 
 from llmscale.errors import RecipeError
 from llmscale.parallel.layout import Layout
-from llmscale.settings import Problem, Settings, choices, divisors, nearest_multiples
+from llmscale.settings import (
+    Problem,
+    Settings,
+    choices,
+    divisors,
+    nearest,
+    nearest_multiples,
+    shown,
+)
 
 Family = Literal["llama", "gpt2"]
+Size = Annotated[int, Field(gt=0, le=2**24)]
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding are padded to a multiple of this and of the tensor degree."""
@@ -34,13 +43,13 @@ class Architecture(Settings):
     """
 
     family: Family = "llama"
-    layers: PositiveInt
-    hidden_size: PositiveInt
-    attention_heads: PositiveInt
-    key_value_heads: PositiveInt | None = None
-    head_size: PositiveInt | None = None
-    ffn_size: PositiveInt | None = None
-    sequence_length: PositiveInt
+    layers: Size
+    hidden_size: Size
+    attention_heads: Size
+    key_value_heads: Size | None = None
+    head_size: Size | None = None
+    ffn_size: Size | None = None
+    sequence_length: Size
     norm_epsilon: PositiveFloat = 1e-5
     tied_embeddings: bool | None = None
     bias: bool | None = None
@@ -114,24 +123,40 @@ class Architecture(Settings):
         if self.head_size is None and self.hidden_size % self.attention_heads:
             yield Problem(
                 ("attention_heads",),
-                f"{self.attention_heads} does not divide hidden_size {self.hidden_size}; use "
-                f"{choices(_near_divisors(self.hidden_size, self.attention_heads))}, "
-                "or set head_size",
+                f"{self.attention_heads} does not divide hidden_size {self.hidden_size}; "
+                f"{self._other_heads()}",
             )
         if self.attention_heads % self.groups:
             yield Problem(
                 ("key_value_heads",),
                 f"{self.groups} does not divide {self.attention_heads} attention heads; "
-                f"use {choices(divisors(self.attention_heads))}",
+                f"use {choices(nearest(divisors(self.attention_heads), self.groups))}",
             )
         if self.rotary and self.head % 2:
-            yield Problem(
-                ("head_size",),
-                f"rotary positions need an even head size, not {self.head}; "
-                f"use {self.head + 1} or another number of attention_heads",
-            )
+            yield self._odd_head()
         if self.family == "gpt2":
             yield from self._gpt2_problems()
+
+    def _odd_head(self) -> Problem:
+        if self.head_size is not None:
+            wanted = choices(nearest((self.head - 1 or 2, self.head + 1), self.head))
+            message = f"{self.head} is odd, but rotary positions need an even size; use {wanted}"
+            return Problem(("head_size",), message)
+        return Problem(
+            ("attention_heads",),
+            f"hidden_size {self.hidden_size} / {self.attention_heads} heads is a head size of "
+            f"{self.head}, but rotary positions need an even one; {self._other_heads()}",
+        )
+
+    def _other_heads(self) -> str:
+        fitting = [
+            heads
+            for heads in divisors(self.hidden_size)
+            if heads % (self.key_value_heads or 1) == 0
+            and (not self.rotary or self.hidden_size // heads % 2 == 0)
+        ]
+        offered = nearest(fitting, self.attention_heads)
+        return f"use {choices(offered)}, or set head_size" if offered else "set head_size"
 
     def _gpt2_problems(self) -> Iterator[Problem]:
         fixed = {
@@ -145,9 +170,15 @@ class Architecture(Settings):
             if differs:
                 yield Problem((key,), "GPT-2 has no such form; remove it, or use family: llama")
 
-    def layout_problems(self, layout: Layout) -> Iterator[Problem]:
-        """What the layout cannot split evenly; paths are the layout's keys."""
+    def layout_problems(
+        self, layout: Layout, sequence_length: int | None = None
+    ) -> Iterator[Problem]:
+        """What the layout cannot split evenly; paths are the layout's keys.
+
+        ``sequence_length`` is that of the training samples, where it is not the model's.
+        """
         yield from layout.stage_problems(self.layers)
+        fitting = divisors(math.gcd(self.attention_heads, self.groups, self.ffn))
         for what, number in (
             ("attention heads", self.attention_heads),
             ("key-value heads", self.groups),
@@ -157,13 +188,15 @@ class Architecture(Settings):
                 yield Problem(
                     ("tensor",),
                     f"{layout.tensor} does not divide {number} {what}; "
-                    f"use {choices(_near_divisors(number, layout.tensor))}",
+                    f"use {choices(nearest(fitting, layout.tensor))}",
                 )
-        if layout.sequence and self.sequence_length % layout.tensor:
+        length = sequence_length or self.sequence_length
+        if layout.sequence and length % layout.tensor:
             yield Problem(
                 ("sequence",),
-                f"tensor {layout.tensor} does not divide sequence_length {self.sequence_length}; "
-                f"use {nearest_multiples(self.sequence_length, layout.tensor)}",
+                f"tensor {layout.tensor} does not divide sequence_length {length}; "
+                f"use sequence_length {nearest_multiples(length, layout.tensor)}, "
+                "or remove sequence",
             )
 
     def padded_vocabulary(self, vocabulary: int, tensor: int) -> int:
@@ -180,11 +213,22 @@ class Architecture(Settings):
         """
         config = _huggingface_config(folder)
         kind = config.get("model_type")
-        if kind == "llama":
-            return cls(**_llama_settings(folder, config))
-        if kind == "gpt2":
-            return cls(**_gpt2_settings(folder, config))
-        raise RecipeError(f"{folder}/config.json: model_type {kind!r} is not llama or gpt2")
+        if kind not in ("llama", "gpt2"):
+            raise RecipeError(
+                f"{folder}/config.json: model_type {shown(kind)} is not supported; "
+                "give a folder of type llama or gpt2"
+            )
+        read = _llama_settings if kind == "llama" else _gpt2_settings
+        try:
+            return cls(**read(folder, config))
+        except KeyError as error:
+            cause = f"{error.args[0]} is missing"
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            cause = f"{wrong['loc'][0]} cannot be {shown(wrong['input'])}"
+        except (AttributeError, TypeError):
+            cause = "a value is of the wrong type"
+        raise RecipeError(f"{folder}/config.json: {cause}; give a model's own folder")
 
 
 def huggingface_vocabulary(folder: Path) -> int:
@@ -202,8 +246,8 @@ def huggingface_vocabulary(folder: Path) -> int:
 def _huggingface_config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "not JSON"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "is no JSON mapping"
         raise RecipeError(f"{folder}/config.json: {cause}; give a Hugging Face folder") from None
 
 
@@ -252,12 +296,6 @@ def _gpt2_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _require(folder: Path, config: dict[str, Any], key: str, value: object) -> None:
     if config.get(key, value) != value:
         raise RecipeError(
-            f"{folder}/config.json: {key} {config[key]!r} is not supported; {value} is"
+            f"{folder}/config.json: {key} {shown(config[key])} is not supported; "
+            f"give a folder whose {key} is {shown(value)}"
         )
-
-
-def _near_divisors(number: int, wanted: int) -> list[int]:
-    """The divisors around a number that does not divide: at most six of them."""
-    below = [d for d in divisors(number) if d < wanted][-4:]
-    above = [d for d in divisors(number) if d > wanted][:2]
-    return below + above

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import PositiveInt
 
-from llmscale.settings import Problem, Settings, choices, divisors, nearest_multiples
+from llmscale.settings import Problem, Settings, choices, divisors, nearest, nearest_multiples
 
 
 class Layout(Settings):
@@ -39,8 +39,8 @@ class Layout(Settings):
                 ("data",),
                 f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data} is "
                 f"{self.model_ranks * self.data} ranks, but cluster.nodes x "
-                f"cluster.ranks_per_node is {ranks}; set ranks_per_node to match, "
-                "or leave data out",
+                f"cluster.ranks_per_node is {ranks}; use {self._other_data(ranks)}"
+                f"{self.model_ranks * self.data} ranks",
             )
         elif ranks % self.model_ranks:
             yield Problem(
@@ -56,6 +56,9 @@ class Layout(Settings):
         if self.sequence and self.tensor == 1:
             yield Problem(("sequence",), "needs tensor above 1; remove it or set tensor: 2")
 
+    def _other_data(self, ranks: int) -> str:
+        return "" if ranks % self.model_ranks else f"data {ranks // self.model_ranks}, or "
+
     def stage_problems(self, layers: int) -> Iterator[Problem]:
         """What stops the layers from being laid out over the pipeline."""
         chunks = self.pipeline * self.virtual_pipeline
@@ -63,8 +66,8 @@ class Layout(Settings):
             if len(self.layers_per_stage) != chunks:
                 yield Problem(
                     ("layers_per_stage",),
-                    f"has {len(self.layers_per_stage)} numbers for {chunks} stages (pipeline "
-                    f"{self.pipeline} x virtual_pipeline {self.virtual_pipeline}); give {chunks}",
+                    f"lists {len(self.layers_per_stage)} for {chunks} stages (pipeline "
+                    f"{self.pipeline} x virtual_pipeline {self.virtual_pipeline}); list {chunks}",
                 )
             elif sum(self.layers_per_stage) != layers:
                 yield Problem(
@@ -74,17 +77,25 @@ class Layout(Settings):
                 )
         elif layers % chunks:
             key = "virtual_pipeline" if layers % self.pipeline == 0 else "pipeline"
-            valid = [
-                d // (self.pipeline if key == "virtual_pipeline" else self.virtual_pipeline)
-                for d in divisors(layers)
-                if d % (self.pipeline if key == "virtual_pipeline" else self.virtual_pipeline) == 0
-            ]
-            mend = f"use {choices(valid)}, or lay" if valid else "lay"
+            fixed = self.pipeline if key == "virtual_pipeline" else self.virtual_pipeline
+            smallest = 2 if key == "pipeline" and self.virtual_pipeline > 1 else 1
+            degrees = (d // fixed for d in divisors(layers) if d % fixed == 0)
+            valid = nearest((d for d in degrees if d >= smallest), chunks // fixed)
+            mends = [f"use {choices(valid)}"] if valid else []
+            mends += ["lay the layers out by layers_per_stage"] if layers > chunks else []
             yield Problem(
                 (key,),
-                f"{chunks} stages do not divide {layers} layers; {mend} the layers out "
-                "by layers_per_stage",
+                f"{self._chunks_in_words()} stages do not divide {layers} layers; "
+                f"{', or '.join(mends) or 'use fewer stages'}",
             )
+
+    def _chunks_in_words(self) -> str:
+        if self.virtual_pipeline == 1:
+            return f"{self.pipeline} pipeline"
+        return (
+            f"pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = "
+            f"{self.pipeline * self.virtual_pipeline}"
+        )
 
     def chunk_layers(self, layers: int) -> list[list[int]]:
         """Global layer numbers of each stage in the order the model runs them.

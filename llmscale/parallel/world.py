@@ -1,8 +1,6 @@
 """Joining the world and making megatron-core's process groups from the layout."""
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -88,12 +86,3 @@ def process_groups(layout: Layout, seed: int) -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-
-
-def quiet_libraries() -> None:
-    """Keeps import-time notes about absent CUDA extensions out of every rank's log."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

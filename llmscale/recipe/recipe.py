@@ -3,32 +3,34 @@
 Nothing below reads YAML or flags, and nothing here imports torch.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-import yaml
-from pydantic import Field, NonNegativeInt, SerializeAsAny, ValidationError, create_model
+from pydantic import Field, SerializeAsAny, ValidationError, create_model
 
 from llmscale.clusters.base import ClusterSettings
 from llmscale.errors import RecipeError
-from llmscale.recipe.explain import explain
-from llmscale.recipe.yaml_places import Document, KeyPath, parse_scalar, read_yaml
-from llmscale.settings import Problem, Settings, choices, under
+from llmscale.recipe.explain import explain, nearest_key
+from llmscale.recipe.yaml_places import Document, KeyPath, parse_value, read_yaml, write_yaml
+from llmscale.settings import Problem, Settings, choices, shown, under
 from llmscale.stages import KINDS
-from llmscale.stages.base import RecipeView, Stage
+from llmscale.stages.base import Link, RecipeView, Stage, is_file, is_folder
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
 RESERVED_STAGE_NAMES = ("superseded",)
 
 
 class Recipe(Settings):
     """One file for the whole way: where it runs and its stages in order."""
 
-    name: str = Field(pattern=NAME)
-    seed: NonNegativeInt = 1234
+    name: Name
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     cluster: ClusterSettings = ClusterSettings()
-    stages: dict[Annotated[str, Field(pattern=NAME)], SerializeAsAny[Stage]] = Field(min_length=1)
+    stages: dict[Name, SerializeAsAny[Stage]] = Field(min_length=1, max_length=100)
+
+    keys_read_before: ClassVar[tuple[str, ...]] = ("include",)
 
     def order(self) -> list[str]:
         """The stages' names, each after those it needs, else as written.
@@ -79,22 +81,31 @@ class Recipe(Settings):
         for name, stage in self.stages.items():
             for key, link in stage.links.items():
                 target = getattr(stage, key)
-                if target is None or (link.or_folder and Path(target).is_dir()):
-                    continue
-                path = ("stages", name, key)
-                fitting = [other for other, s in self.stages.items() if s.kind in link.kinds]
-                use = f"use {choices(fitting)}" if fitting else f"add one of kind {link.kinds[0]}"
-                if target not in self.stages:
-                    what = "is no stage and no folder" if link.or_folder else "is no stage"
-                    yield Problem(path, f"{target!r} {what} of this recipe; {use}")
-                elif self.stages[target].kind not in link.kinds:
-                    kind = self.stages[target].kind
-                    yield Problem(path, f"{target!r} is a stage of kind {kind}; {use}")
+                cause = None if target is None else self._misfit(target, link)
+                if cause is not None:
+                    others = [
+                        other
+                        for other, candidate in self.stages.items()
+                        if candidate.kind in link.kinds and other != name
+                    ]
+                    use = f"use {choices(others)}" if others else f"add one of kind {link.kinds[0]}"
+                    yield Problem(("stages", name, key), f"{shown(target)} {cause}; {use}")
+
+    def _misfit(self, target: str, link: Link) -> str | None:
+        if target in self.stages:
+            kind = self.stages[target].kind
+            return None if kind in link.kinds else f"is a stage of kind {kind}"
+        if not link.or_folder:
+            return "is no stage of this recipe"
+        if not is_folder(target):
+            return "is no stage of this recipe, and no folder"
+        if any(is_file(str(Path(target, file))) for file in link.folder_holds):
+            return None
+        return f"is a folder without {choices(link.folder_holds)}"
 
     def to_yaml(self) -> str:
         """The recipe as it runs, with paths made absolute and keys as a user writes them."""
-        plain = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
 def load_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -103,16 +114,15 @@ def load_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line for the first thing wrong, with its file, line, key and mend.
     """
-    document = _read_with_includes(file, ())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise RecipeError(f"override {override!r}: is not KEY=VALUE; write stages.x.steps=10")
-        label = f"override {override!r}"
-        document.set(tuple(key.split(".")), parse_scalar(text, label), label)
-    recipe = _validate(document, file.parent)
-    for problem in recipe.problems(file.parent):
-        raise _error(document, problem.path, problem.message)
+    try:
+        document = _read_with_includes(file, ())
+        for override in overrides:
+            _apply(document, override)
+        recipe = _validate(document, file.parent)
+        for problem in recipe.problems(file.parent):
+            raise _error(document, problem.path, problem.message)
+    except RecipeError as error:
+        raise RecipeError(_one_line(str(error))) from None
     return recipe
 
 
@@ -121,22 +131,42 @@ def read_resolved(file: Path) -> Recipe:
     return _validate(read_yaml(file), file.parent)
 
 
-def _read_with_includes(file: Path, trail: tuple[Path, ...]) -> Document:
-    if file.resolve() in trail:
-        raise RecipeError(f"{trail[-1]}: include: {file} includes itself; remove it")
+def _apply(document: Document, override: str) -> None:
+    key, equals, text = override.partition("=")
+    label = f"override {shown(override)}"
+    path = tuple(key.split("."))
+    if not equals or not all(path):
+        raise RecipeError(f"{label}: is not KEY=VALUE; write it like stages.pretrain.steps=10")
+    if path[0] == "include":
+        raise RecipeError(f"{label}: include stands in files only; write it into the recipe")
+    document.set(path, parse_value(text, label), label)
+
+
+def _read_with_includes(file: Path, trail: tuple[str, ...]) -> Document:
     own = read_yaml(file)
-    includes = own.values.pop("include", [])
-    place = own.place(("include",))
+    written = own.values.pop("include", [])
+    includes = written if isinstance(written, list) else [written]
+    trail = (*trail, os.path.realpath(file))
     document = Document()
-    for include in includes if isinstance(includes, list) else [includes]:
-        if not isinstance(include, str):
-            raise RecipeError(f"{place}: include: {include!r} is no path; name a YAML file")
-        target = file.parent / include
-        if not target.is_file():
-            raise RecipeError(f"{place}: include: {target} does not exist; name a YAML file")
-        document.merge(_read_with_includes(target, (*trail, file.resolve())))
+    for index, include in enumerate(includes):
+        target = file.parent / str(include)
+        cause = _include_problem(include, target, trail)
+        if cause is not None:
+            path = ("include", str(index)) if includes is written else ("include",)
+            raise _error(own, path, f"{cause}; name another YAML file")
+        document.merge(_read_with_includes(target, trail))
     document.merge(own)
     return document
+
+
+def _include_problem(include: Any, target: Path, trail: tuple[str, ...]) -> str | None:
+    if not isinstance(include, str):
+        return f"{shown(include)} is no path"
+    if not is_file(str(target)):
+        return f"{target} is no file"
+    if os.path.realpath(target) in trail:
+        return f"{target} includes this file in turn"
+    return None
 
 
 def _validate(document: Document, folder: Path) -> Recipe:
@@ -158,28 +188,46 @@ def _validate_stage(document: Document, name: str, values: Any, context: Any) ->
     path = ("stages", name)
     if not isinstance(values, dict):
         raise _error(document, path, "a stage is a mapping; begin it with `kind: ...`")
-    kind = values.get("kind")
-    if kind not in KINDS:
-        cause = "is missing" if "kind" not in values else f"{kind!r} is no kind of stage"
-        raise _error(document, (*path, "kind"), f"{cause}; use {choices(KINDS)}")
+    settings = KINDS[_kind(document, name, values)]
     try:
-        return KINDS[kind].model_validate(values, context=context)
+        return settings.model_validate(values, context=context)
     except ValidationError as error:
-        inner, message = explain(error, KINDS[kind])
+        inner, message = explain(error, settings)
         raise _error(document, (*path, *inner), message) from None
 
 
+def _kind(document: Document, name: str, values: dict[str, Any]) -> str:
+    path = ("stages", name, "kind")
+    if "kind" in values:
+        kind = values["kind"]
+        if isinstance(kind, str) and kind in KINDS:
+            return kind
+        raise _error(document, path, f"{shown(kind)} is no kind of stage; use {choices(KINDS)}")
+    if mistyped := nearest_key("kind", values):
+        raise _error(document, ("stages", name, mistyped), "unknown key; use kind")
+    near = nearest_key(name, [other for other in document.values["stages"] if other != name])
+    mend = f"use {choices(KINDS)}" + (f", or name the stage {near}" if near else "")
+    raise _error(document, path, f"is missing; {mend}")
+
+
 def _error(document: Document, path: KeyPath, message: str) -> RecipeError:
-    return RecipeError(f"{document.place(path)}: {'.'.join(path)}: {message}")
+    key = f"{'.'.join(path)}: " if path else ""
+    return RecipeError(f"{document.place(path)}: {key}{message}")
+
+
+def _one_line(text: str) -> str:
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors."""
-    stage = Annotated[_union(list(KINDS.values())), Field(discriminator="kind")]
+    stage: Any = Annotated[_union(list(KINDS.values())), Field(discriminator="kind")]
     described = create_model(
         "Recipe",
         __base__=Recipe,
-        stages=(dict[str, stage], ...),  # type: ignore[valid-type]
+        stages=(dict[Name, stage], ...),
         include=(str | list[str] | None, None),
     )
     return described.model_json_schema(by_alias=True)

@@ -1,10 +1,11 @@
 """YAML as plain data, with the file and line of every key.
 
 The scalars are those of YAML 1.2's core schema: ``on`` and ``no`` are words, ``1e-3`` is
-a number.
+a number. Whatever a file holds, it gives plain data of a bounded size or one ``RecipeError``.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,60 @@ from typing import Any
 import yaml
 
 from llmscale.errors import RecipeError
+from llmscale.settings import choices, shown
 
 KeyPath = tuple[str, ...]
+Place = Callable[[int], str]
+"""How an error names a line."""
 
+MOST_BYTES = 256 * 1024
+MOST_LEVELS = 40
+MOST_VALUES = 10_000
+LARGEST_NUMBER = 2**63 - 1
+TOO_DEEP = "it nests too deep"
 
-class _Loader(yaml.SafeLoader):
-    """A safe loader with YAML 1.2's scalars."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
+CORE_SCALARS = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     (
         "float",
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}",
-        re.compile(rf"^(?:{_pattern})$"),
-        ["" if character == "\0" else character for character in _first],
-    )
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader with YAML 1.2's scalars and a bound on nesting."""
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Composes one node, and those in it."""
+        self.levels += 1
+        if self.levels > MOST_LEVELS:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes what YAML 1.2 would not read as a word."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Every value is written out where it stands."""
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _name, _pattern, _first in CORE_SCALARS:
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+        )
 
 
 @dataclass
@@ -53,8 +84,17 @@ class Document:
 
     def merge(self, over: "Document") -> None:
         """Lays another document over this one; mappings merge, all else is replaced."""
-        _merge(self.values, over.values)
+        self._merge(self.values, over.values, ())
         self.places.update(over.places)
+
+    def _merge(self, under: dict[str, Any], over: dict[str, Any], path: KeyPath) -> None:
+        for key, value in over.items():
+            if isinstance(value, dict) and isinstance(under.get(key), dict):
+                self._merge(under[key], value, (*path, key))
+                continue
+            if key in under:
+                self._forget_places_in((*path, key))
+            under[key] = value
 
     def set(self, path: KeyPath, value: Any, place: str) -> None:
         """Puts one value at a key path, making mappings on the way.
@@ -63,40 +103,35 @@ class Document:
             RecipeError: if the path leads through something that has no keys.
         """
         target: Any = self.values
-        for depth, key in enumerate(path[:-1]):
-            target = _step(target, key, place, path[: depth + 1])
-        if isinstance(target, list):
-            target[_index(target, path[-1], place, path)] = value
-        else:
-            target[path[-1]] = value
+        for depth, key in enumerate(path):
+            here = path[: depth + 1]
+            at = _position(target, key, place, here)
+            if depth == len(path) - 1:
+                target[at] = value
+            elif isinstance(target, dict) and target.get(key) is None:
+                target[key] = {}
+                self.places[here] = place
+            target = target[at]
+        self._forget_places_in(path)
         self.places[path] = place
 
-
-def _step(target: Any, key: str, place: str, path: KeyPath) -> Any:
-    if isinstance(target, list):
-        return target[_index(target, key, place, path)]
-    child = target.setdefault(key, {})
-    if not isinstance(child, dict | list):
-        raise RecipeError(
-            f"{place}: {'.'.join(path)}: is {child!r} and holds no keys; set it whole"
-        )
-    return child
+    def _forget_places_in(self, path: KeyPath) -> None:
+        for known in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[known]
 
 
-def _index(target: list[Any], key: str, place: str, path: KeyPath) -> int:
-    if not key.isdigit() or int(key) >= len(target):
-        raise RecipeError(
-            f"{place}: {'.'.join(path)}: a list of {len(target)}; use an index below {len(target)}"
-        )
-    return int(key)
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(under.get(key), dict):
-            _merge(under[key], value)
-        else:
-            under[key] = value
+def _position(target: Any, key: str, place: str, path: KeyPath) -> str | int:
+    """What stands for a key in a mapping or a list."""
+    if isinstance(target, dict):
+        return key
+    if not isinstance(target, list):
+        owner = ".".join(path[:-1])
+        cause = f"is {shown(target)}, which holds no keys"
+        raise RecipeError(f"{place}: {owner}: {cause}; set {owner} whole")
+    if key.isdecimal() and int(key[:9]) < len(target):
+        return int(key[:9])
+    mend = f"use {choices(range(len(target))[:5])}" if target else "set the list whole"
+    raise RecipeError(f"{place}: {'.'.join(path)}: is no place in a list of {len(target)}; {mend}")
 
 
 def read_yaml(file: Path) -> Document:
@@ -105,58 +140,162 @@ def read_yaml(file: Path) -> Document:
     Raises:
         RecipeError: if it cannot be read or parsed, or a key stands twice.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{file}: is not UTF-8 text; give a YAML file") from None
-    except OSError as error:
-        raise RecipeError(f"{file}: {error.strerror}; give the path of a recipe") from None
-    node = _compose(text, str(file))
+
+    def at(line: int) -> str:
+        return f"{file}:{line}"
+
+    node = _compose(_read_text(file), at)
+    if node is None:
+        raise RecipeError(f"{at(1)}: the file is empty; write `name: ...` and `stages: ...`")
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{file}:1: a recipe is a mapping of keys; write `name: ...` first")
+        raise RecipeError(f"{at(1)}: a recipe is a mapping of keys; write `name: ...` first")
     document = Document()
-    document.places[()] = f"{file}:1"
-    document.values = _construct(node, (), str(file), document.places)
+    document.places[()] = at(1)
+    document.values = _construct(node, (), at, document.places)
     return document
 
 
-def parse_scalar(text: str, label: str) -> Any:
-    """A command line's value, read as YAML."""
-    node = _compose(text, label)
-    return None if node is None else _construct(node, (), label, {})
+def parse_value(text: str, label: str) -> Any:
+    """A command line's value, read as YAML.
+
+    Raises:
+        RecipeError: if it is not YAML.
+    """
+
+    def at(_: int) -> str:
+        return label
+
+    node = _compose(text, at)
+    return None if node is None else _construct(node, (), at, {})
 
 
-def _compose(text: str, label: str) -> yaml.Node | None:
+def write_yaml(values: dict[str, Any]) -> str:
+    """Plain data as text that ``read_yaml`` reads as the same data."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read_text(file: Path) -> str:
     try:
-        return yaml.compose(text, Loader=_Loader)
+        with file.open("rb") as opened:
+            content = opened.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "no path holds a zero byte"
+        raise RecipeError(f"{file}: {cause}; give the path of a recipe") from None
+    if len(content) > MOST_BYTES:
+        raise RecipeError(f"{file}: is above {MOST_BYTES // 1024} KiB; give the path of a recipe")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{file}:{line}: is not UTF-8 text; save it as UTF-8") from None
+
+
+def _compose(text: str, at: Place) -> yaml.Node | None:
+    line = 1
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_node()
+        finally:
+            line = loader.line + 1
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{label}:{line}: not YAML: {error.problem}; mend the line") from None
-    except yaml.YAMLError as error:
-        cause = str(error).splitlines()[0]
-        raise RecipeError(f"{label}: not YAML: {cause}; mend the file") from None
+        line = error.problem_mark.line + 1 if error.problem_mark else line
+        raise RecipeError(f"{at(line)}: not YAML: {_in_words(error)}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        cause = f"character {shown(text[error.position])} is not allowed"
+        raise RecipeError(f"{at(line)}: not YAML: {cause}; remove it") from None
+    except (ValueError, OverflowError):
+        raise RecipeError(f"{at(line)}: not YAML: \\U names no character; mend it") from None
 
 
-def _construct(node: yaml.Node, path: KeyPath, file: str, places: dict[KeyPath, str]) -> Any:
+def _in_words(error: yaml.MarkedYAMLError) -> str:
+    problem = (error.problem or "it cannot be parsed").removeprefix("but ")
+    if "\\t" in problem:
+        return "a tab stands where spaces must; indent with spaces"
+    if "another document" in problem:
+        return "a second document begins; keep one, and remove the line ---"
+    if problem == TOO_DEEP:
+        return f"{problem}; use at most {MOST_LEVELS} levels"
+    if "<block end>" in problem:
+        problem = "the indentation is wrong, or a quote or bracket"
+    begun, ended = error.context_mark, error.problem_mark
+    if begun is None or ended is None or begun.line == ended.line:
+        return f"{problem}; mend it"
+    return f"{problem}; mend it, or what begins at line {begun.line + 1}"
+
+
+def _construct(node: yaml.Node, path: KeyPath, at: Place, places: dict[KeyPath, str]) -> Any:
+    place = at(node.start_mark.line + 1)
+    if len(path) > MOST_LEVELS or len(places) > MOST_VALUES:
+        raise RecipeError(f"{place}: holds too many values, or itself; remove the aliases (*name)")
     if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            place = f"{file}:{key_node.start_mark.line + 1}"
-            if key in values:
-                raise RecipeError(f"{place}: {'.'.join((*path, key))}: stands twice; remove one")
-            places[(*path, key)] = place
-            values[key] = _construct(value_node, (*path, key), file, places)
-        return values
+        return _construct_mapping(node, path, at, places)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            places[(*path, str(index))] = f"{file}:{item.start_mark.line + 1}"
+            places[(*path, str(index))] = at(item.start_mark.line + 1)
         return [
-            _construct(item, (*path, str(index)), file, places)
+            _construct(item, (*path, str(index)), at, places)
             for index, item in enumerate(node.value)
         ]
     try:
-        return _Loader("").construct_object(node)
-    except (ValueError, yaml.YAMLError):
-        line = node.start_mark.line + 1
-        raise RecipeError(f"{file}:{line}: {'.'.join(path)}: {node.value!r} is no value") from None
+        return _scalar(node.tag.removeprefix("tag:yaml.org,2002:"), node.value)
+    except ValueError as error:
+        key = f"{'.'.join(path)}: " if path else ""
+        raise RecipeError(f"{place}: {key}{shown(node.value)} {error}") from None
+
+
+def _construct_mapping(
+    node: yaml.MappingNode, path: KeyPath, at: Place, places: dict[KeyPath, str]
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        place = at(key_node.start_mark.line + 1)
+        key = key_node.value
+        if not isinstance(key, str):
+            raise RecipeError(f"{place}: a key is a list or a mapping; write it as one word")
+        inner = (*path, key)
+        if key in values:
+            raise RecipeError(f"{place}: {'.'.join(inner)}: stands twice; remove one")
+        if key == "<<":
+            raise RecipeError(
+                f"{place}: {'.'.join(inner)}: merge keys are not in YAML 1.2; "
+                "write the keys out, or put them in a file and include it"
+            )
+        places[inner] = place
+        values[key] = _construct(value_node, inner, at, places)
+    return values
+
+
+def _scalar(kind: str, text: str) -> Any:
+    """A scalar of YAML 1.2's core schema.
+
+    Raises:
+        ValueError: if the text is none; the message is the cause and the mend.
+    """
+    patterns = {name: pattern for name, pattern, _ in CORE_SCALARS}
+    if kind not in ("str", *patterns):
+        raise ValueError("has a tag that recipes do not know; remove the tag")
+    if kind == "str":
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError("holds half a character; write the whole one")
+        return text
+    if not re.fullmatch(patterns[kind], text):
+        raise ValueError(f"is no {kind}; remove the tag")
+    match kind:
+        case "bool":
+            return text.lower() == "true"
+        case "null":
+            return None
+        case "int":
+            return _whole_number(text)
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _whole_number(text: str) -> int:
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    digits = text.lstrip("+-0ox") if base == 10 else text[2:]
+    number = int(text, base) if len(digits) <= 22 else LARGEST_NUMBER + 1
+    if abs(number) > LARGEST_NUMBER:
+        raise ValueError(f"is too large; use at most {LARGEST_NUMBER}")
+    return number

@@ -1,5 +1,6 @@
 """What a stage is: settings, links to other stages, checks, and what its ranks do."""
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,37 +11,76 @@ from pydantic import AfterValidator, ValidationInfo
 from llmscale.artifacts import StageFolder, fingerprint
 from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.progress import Progress
-from llmscale.settings import Problem, Settings, identity
+from llmscale.settings import Problem, Settings, identity, shown
+
+
+def _beside(folder: Path, path: str) -> str:
+    if "\0" in path:
+        raise ValueError(f"{shown(path)} holds a zero byte; remove it")
+    try:
+        return str(Path(folder, Path(path).expanduser()).absolute())
+    except RuntimeError:
+        raise ValueError(f"{shown(path)} names no user's home; write the path out") from None
+
+
+def _recipe_folder(info: ValidationInfo) -> Path:
+    return Path((info.context or {}).get("folder", Path()))
 
 
 def _beside_recipe(path: str, info: ValidationInfo) -> str:
-    base = (info.context or {}).get("folder", Path())
-    return str(Path(base, Path(path).expanduser()).absolute())
+    return _beside(_recipe_folder(info), path)
+
+
+def _pattern_beside_recipe(pattern: str, info: ValidationInfo) -> str:
+    return _beside(Path(glob.escape(str(_recipe_folder(info).absolute()))), pattern)
 
 
 RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
 """A path in a recipe; relative ones start from the recipe's folder."""
 
+RecipePattern = Annotated[str, AfterValidator(_pattern_beside_recipe)]
+"""Paths in a recipe, with ``*``, ``?``, ``[...]`` and ``**`` as in a shell."""
+
+
+def is_folder(path: str) -> bool:
+    """Whether a folder is there; a path no system would take is none."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: str) -> bool:
+    """Whether a file is there; a path no system would take is none."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
 
 def _stage_or_folder(name: str, info: ValidationInfo) -> str:
-    context = info.context or {}
-    folder = Path(context.get("folder", Path()), Path(name).expanduser())
-    return (
-        str(folder.absolute())
-        if name not in context.get("stages", ()) and folder.is_dir()
-        else name
-    )
+    if name in (info.context or {}).get("stages", ()):
+        return name
+    folder = _beside(_recipe_folder(info), name)
+    return folder if is_folder(folder) else name
 
+
+MODEL_FILES = ("config.json",)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 StageOrFolder = Annotated[str, AfterValidator(_stage_or_folder)]
 """The name of a stage, else a folder; relative ones start from the recipe's folder."""
 
 
 class Link(NamedTuple):
-    """A key that names another stage, of one of these kinds; or a folder, where allowed."""
+    """A key that names another stage, of one of these kinds; or a folder, where allowed.
+
+    ``folder_holds`` are the files by which such a folder is known; it has one of them at least.
+    """
 
     kinds: tuple[str, ...]
     or_folder: bool = False
+    folder_holds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,16 @@ from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Decoding, Generation, generate
 from llmscale.settings import Problem, Settings
-from llmscale.stages.base import Link, RecipePath, RecipeView, Stage, StageOrFolder, Workspace
+from llmscale.stages.base import (
+    MODEL_FILES,
+    Link,
+    RecipePath,
+    RecipeView,
+    Stage,
+    StageOrFolder,
+    Workspace,
+    is_file,
+)
 
 
 class Perplexity(Settings):
@@ -42,7 +51,7 @@ class Evaluate(Stage):
     samples: Samples | None = None
 
     links: ClassVar[Mapping[str, Link]] = {
-        "model": Link(("pretrain",), or_folder=True),
+        "model": Link(("pretrain",), or_folder=True, folder_holds=MODEL_FILES),
         "corpus": Link(("prepare",)),
     }
 
@@ -62,14 +71,17 @@ class Evaluate(Stage):
 
     def _perplexity_problems(self, perplexity: Perplexity, view: RecipeView) -> Iterator[Problem]:
         if (perplexity.split is None) == (perplexity.text is None):
-            yield Problem(("perplexity",), "give either split or text, not both and not none")
+            given = "neither is given" if perplexity.text is None else "both are given"
+            yield Problem(("perplexity",), f"give either split or text, not both; {given}")
         elif perplexity.split is not None and "corpus" not in self.linked(view.stages):
             yield Problem(
                 ("perplexity", "split"),
                 "there is no corpus to take it from; set corpus, or give perplexity.text",
             )
-        elif perplexity.text is not None and not Path(perplexity.text).is_file():
-            yield Problem(("perplexity", "text"), f"{perplexity.text} is no file; give a text")
+        elif perplexity.text is not None and not is_file(perplexity.text):
+            yield Problem(
+                ("perplexity", "text"), f"{perplexity.text} is no file; give a text file's path"
+            )
         if perplexity.window and perplexity.stride and perplexity.stride > perplexity.window:
             yield Problem(
                 ("perplexity", "stride"),

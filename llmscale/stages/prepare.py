@@ -11,18 +11,18 @@ from llmscale.data.corpus import write_corpus
 from llmscale.data.documents import Document, read_documents
 from llmscale.errors import RecipeError
 from llmscale.settings import Problem, Settings
-from llmscale.stages.base import RecipePath, RecipeView, Stage, Workspace
+from llmscale.stages.base import RecipePattern, RecipeView, Stage, Workspace, is_file
 
 
 class Source(Settings):
     """Files of text (``.jsonl``: a document a line; any other: a document a file)."""
 
-    path: RecipePath
+    path: RecipePattern
     text_key: str = "text"
 
     def files(self) -> list[Path]:
         """The files the pattern names, sorted."""
-        return sorted(Path(name) for name in glob.glob(self.path, recursive=True))
+        return sorted(Path(name) for name in glob.glob(self.path, recursive=True) if is_file(name))
 
 
 class Prepare(Stage):
@@ -34,10 +34,11 @@ class Prepare(Stage):
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
         for index, source in enumerate(self.sources_):
-            if not any(file.is_file() for file in source.files()):
+            if not source.files():
                 yield Problem(
                     ("sources", str(index), "path"),
-                    f"no file matches {source.path}; relative paths start from the recipe's folder",
+                    f"no file matches {source.path}; give the path of a text file, from the "
+                    "recipe's folder on",
                 )
 
     def sources(self) -> list[list[object]]:

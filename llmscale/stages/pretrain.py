@@ -2,16 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.parallel.layout import Layout
-from llmscale.settings import Problem, not_identity, under
-from llmscale.stages.base import Link, RecipePath, RecipeView, Stage, StageOrFolder, Workspace
+from llmscale.settings import NOT_IDENTITY, Problem, under
+from llmscale.stages.base import (
+    TOKENIZER_FILES,
+    Link,
+    RecipePath,
+    RecipeView,
+    Stage,
+    StageOrFolder,
+    Workspace,
+)
 from llmscale.training.settings import (
     Batch,
     Checkpointing,
@@ -36,12 +44,12 @@ class Pretrain(Stage):
     model: Architecture | None = None
     start_from: RecipePath | None = None
     sequence_length: PositiveInt | None = None
-    parallel: Layout = Field(**not_identity(default=Layout()))
+    parallel: Annotated[Layout, NOT_IDENTITY] = Layout()
     batch: Batch
     optimizer: Optimizer
     steps: PositiveInt
     precision: Precision = "fp32"
-    recompute: Recompute = Field(**not_identity(default="none"))
+    recompute: Annotated[Recompute, NOT_IDENTITY] = "none"
     checkpoint: Checkpointing = Checkpointing()
     validation: Validation = Validation()
     health: Health = Health()
@@ -49,7 +57,7 @@ class Pretrain(Stage):
     product: ClassVar[str] = "hf"
     links: ClassVar[Mapping[str, Link]] = {
         "corpus": Link(("prepare",)),
-        "tokenizer": Link(("tokenizer",), or_folder=True),
+        "tokenizer": Link(("tokenizer",), or_folder=True, folder_holds=TOKENIZER_FILES),
     }
 
     def architecture(self) -> Architecture:
@@ -76,7 +84,10 @@ class Pretrain(Stage):
             yield Problem((key,), str(error))
             return
         yield from under("model", architecture.problems())
-        misfits = [*layout.problems(ranks=ranks), *architecture.layout_problems(layout)]
+        misfits = [
+            *architecture.layout_problems(layout, self.sequence_length),
+            *layout.problems(ranks=ranks),
+        ]
         yield from under("parallel", misfits)
         if not misfits:
             batch_problems = self.batch.problems(
@@ -95,7 +106,8 @@ class Pretrain(Stage):
 
     def _checked_architecture(self) -> Architecture:
         if (self.model is None) == (self.start_from is None):
-            raise RecipeError("give either model or start_from, not both and not none")
+            given = "neither is given" if self.model is None else "both are given"
+            raise RecipeError(f"give either model or start_from, not both; {given}")
         return self.architecture()
 
     def sources(self) -> list[object]:

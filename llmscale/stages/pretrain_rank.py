@@ -5,14 +5,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llmscale.artifacts import publish_folder, read_json
+from llmscale.artifacts import StageFolder, publish_folder, read_json
+from llmscale.errors import RecipeError
 from llmscale.models.huggingface import HuggingFaceWeights, export, fill
+from llmscale.parallel.layout import Layout
 from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
 from llmscale.stages.imported import is_import, load_imported
 from llmscale.stages.pretrain import Pretrain
 from llmscale.stages.tokens import ABOUT, token_samples
-from llmscale.training.checkpoint import Checkpoints, TrainingState
+from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState
 from llmscale.training.log import TrainingLog
 from llmscale.training.loop import Trainer
 from llmscale.training.megatron_engine import MegatronEngine
@@ -167,3 +169,32 @@ def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path) -> None
     if dist.get_rank() == 0:
         publish_folder(beside, target)
     dist.barrier()
+
+
+def export_at_one_rank(
+    stage: Pretrain, folder: StageFolder, tokenizer: Path, target: Path, rendezvous: str
+) -> int:
+    """Exports the best whole checkpoint, whatever layout it was saved at, in this process.
+
+    Returns:
+        The checkpoint's step.
+
+    Raises:
+        RecipeError: if the stage has no whole checkpoint.
+    """
+    with (
+        joined_world(rank=0, ranks=1, rendezvous=rendezvous, device="cpu"),
+        process_groups(Layout(), seed=0),
+    ):
+        vocabulary = (read_json(folder.path / "tokens" / ABOUT) or {}).get("vocabulary", 0)
+        checkpoints = Checkpoints(folder.checkpoints, stage.checkpoint.keep)
+        newest = checkpoints.newest_whole()
+        if newest is None:
+            raise RecipeError(f"{folder.path}: no whole checkpoint yet; run the stage first")
+        best = read_json(checkpoints.path(newest) / STATE)["best_step"] or newest
+        engine = MegatronEngine(
+            stage.architecture(), vocabulary, Layout(), stage.optimizer, precision=stage.precision
+        )
+        checkpoints.load_weights(engine, best)
+        export_folder(engine, target, tokenizer)
+        return best

@@ -262,7 +262,7 @@ def _tracker_states() -> dict[str, torch.Tensor]:
 
 
 def _random_states() -> torch.Tensor:
-    """PyTorch's generators, the device's, and megatron-core's tracked ones: ``[1, states, bytes]``."""
+    """The CPU generator, the device's, and megatron-core's tracked: ``[1, states, bytes]``."""
     tracked = [state for _, state in sorted(_tracker_states().items())]
     device = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
     parts = [torch.get_rng_state(), device, *tracked]

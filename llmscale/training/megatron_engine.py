@@ -12,13 +12,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed import finalize_model_grads as finalize_gradients
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from llmscale.models.architecture import Architecture
 from llmscale.models.megatron import build_chunks, inner_model
 from llmscale.parallel.layout import Layout
 from llmscale.training import adam_state
-from llmscale.training.objectives import CausalBatch, causal_loss
+from llmscale.training.objectives import CausalBatch, causal_loss, tokens_alone
 from llmscale.training.settings import Optimizer, Precision, Recompute
 
 
@@ -121,10 +122,9 @@ class MegatronEngine:
 
     def _run(self, batches: list[CausalBatch], forward_only: bool) -> tuple[float, int]:
         micro_batch, length = batches[0].tokens_bs.shape
-        iterators: list[Iterator[CausalBatch]] = [iter(batches) for _ in self.chunks]
         parts = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            data_iterator=_one_each(batches, len(self.chunks)),
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
             seq_length=length,
@@ -145,14 +145,43 @@ class MegatronEngine:
         return float(own[0]), int(own[1])
 
     @torch.no_grad()
-    def logits(self, tokens_bs: Tensor) -> Tensor:
-        """Logits ``[b, s, v]`` over the true vocabulary; only without pipeline stages."""
-        if self.layout.pipeline > 1:
-            raise ValueError("logits need pipeline 1")
-        positions = torch.arange(tokens_bs.shape[1], device=tokens_bs.device).expand_as(tokens_bs)
-        model = inner_model(self.chunks[0])
-        out = model(tokens_bs, positions, None, runtime_gather_output=True)
-        return out[..., : self.vocabulary]
+    def logits(self, tokens_bs: Tensor) -> Tensor | None:
+        """Logits ``[b, s, v]`` over the true vocabulary; collective.
+
+        Returns:
+            None on ranks that are not of the last pipeline stage.
+        """
+        # The interleaved schedule needs as many micro-batches as there are stages.
+        passes = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+        batches = [tokens_alone(tokens_bs)] * passes
+        for chunk in self.chunks:
+            chunk.eval()
+        found: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=_logits_step,
+            data_iterator=_one_each(batches, len(self.chunks)),
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=passes,
+            seq_length=tokens_bs.shape[1],
+            micro_batch_size=tokens_bs.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not found:
+            return None
+        whole = gather_from_tensor_model_parallel_region(found[0])
+        return whole[..., : self.vocabulary]
+
+
+def _one_each(batches: list[CausalBatch], chunks: int) -> Any:
+    """The same batches for each model chunk, in the form the schedules ask for."""
+    iterators = [iter(batches) for _ in range(chunks)]
+    return iterators if chunks > 1 else iterators[0]
+
+
+def _logits_step(iterator: Iterator[CausalBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = model(batch.tokens_bs, batch.positions_bs, None)
+    return output, lambda logits, non_loss_data: logits
 
 
 def _forward_step(iterator: Iterator[CausalBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -4,7 +4,7 @@ Losses are summed, never averaged, so that any split of a batch gives the same g
 Shape legend: b samples, s sequence length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,9 +25,14 @@ def causal_batch(windows: np.ndarray, device: torch.device) -> CausalBatch:
     """A batch from windows of ``s + 1`` tokens; every next token counts."""
     whole = torch.from_numpy(windows).to(device)
     tokens = whole[:, :-1].contiguous()
-    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    ones = torch.ones(tokens.shape, dtype=torch.float32, device=device)
-    return CausalBatch(tokens, whole[:, 1:].contiguous(), ones, positions)
+    return replace(tokens_alone(tokens), labels_bs=whole[:, 1:].contiguous())
+
+
+def tokens_alone(tokens_bs: Tensor) -> CausalBatch:
+    """A batch to look at, not to learn from: every token is its own label."""
+    positions = torch.arange(tokens_bs.shape[1], device=tokens_bs.device).expand_as(tokens_bs)
+    ones = torch.ones(tokens_bs.shape, dtype=torch.float32, device=tokens_bs.device)
+    return CausalBatch(tokens_bs, tokens_bs, ones, positions)
 
 
 def causal_loss(losses_bs: Tensor, batch: CausalBatch) -> tuple[Tensor, Tensor]:

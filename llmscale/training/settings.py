@@ -1,11 +1,11 @@
 """What a recipe says of training, for every kind of stage that trains."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from llmscale.settings import Problem, Settings, nearest_multiples, not_identity
+from llmscale.settings import NOT_IDENTITY, Problem, Settings, nearest_multiples
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -14,7 +14,7 @@ class Batch(Settings):
     """Samples a step: ``global`` over all ranks, ``micro`` in one forward pass of one rank."""
 
     global_: PositiveInt = Field(alias="global")
-    micro: PositiveInt = Field(**not_identity(default=1))
+    micro: Annotated[PositiveInt, NOT_IDENTITY] = 1
 
     def problems(
         self, *, data_ranks: int, pipeline: int, virtual_pipeline: int
@@ -51,7 +51,7 @@ class Optimizer(Settings):
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     gradient_clip: NonNegativeFloat = 1.0
-    distributed: bool = Field(**not_identity(default=False))
+    distributed: Annotated[bool, NOT_IDENTITY] = False
 
     def problems(self, steps: int) -> Iterator[Problem]:
         """What does not fit into the number of steps."""
@@ -64,7 +64,7 @@ class Optimizer(Settings):
             yield Problem(
                 ("minimum_learning_rate",),
                 f"{self.minimum_learning_rate} is above learning_rate {self.learning_rate}; "
-                "use a smaller one",
+                f"use at most {self.learning_rate}",
             )
         if self.decay_steps is not None and self.schedule != "wsd":
             yield Problem(("decay_steps",), "only schedule wsd has it; remove it")
@@ -72,30 +72,34 @@ class Optimizer(Settings):
             yield Problem(
                 ("decay_steps",),
                 f"{self.decay_steps} + warmup_steps {self.warmup_steps} is above steps {steps}; "
-                f"use at most {steps - self.warmup_steps}",
+                f"{self._shorter_decay(steps)}",
             )
+
+    def _shorter_decay(self, steps: int) -> str:
+        left = steps - self.warmup_steps
+        return f"use at most {left}" if left > 0 else "lower warmup_steps"
 
 
 class Checkpointing(Settings):
     """When the whole state is saved, and how many are kept besides the best one."""
 
-    every: PositiveInt = Field(**not_identity(default=500))
-    keep: PositiveInt = Field(**not_identity(default=2))
-    asynchronous: bool = Field(**not_identity(default=False))
+    every: Annotated[PositiveInt, NOT_IDENTITY] = 500
+    keep: Annotated[PositiveInt, NOT_IDENTITY] = 2
+    asynchronous: Annotated[bool, NOT_IDENTITY] = False
 
 
 class Validation(Settings):
     """How often, and on how many samples, the validation loss is taken."""
 
-    every: PositiveInt = Field(**not_identity(default=500))
+    every: Annotated[PositiveInt, NOT_IDENTITY] = 500
     samples: PositiveInt = 256
 
 
 class Health(Settings):
     """When a run that goes wrong stops."""
 
-    nonfinite_steps: PositiveInt = Field(**not_identity(default=5))
-    timeout_seconds: PositiveFloat = Field(**not_identity(default=1800.0))
+    nonfinite_steps: Annotated[PositiveInt, NOT_IDENTITY] = 5
+    timeout_seconds: Annotated[PositiveFloat, NOT_IDENTITY] = 1800.0
 
 
 Recompute = Literal["none", "selective", "full"]

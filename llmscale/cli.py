@@ -1,0 +1,294 @@
+"""The commands: read arguments, call, print. No logic."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from llmscale import __version__
+from llmscale.errors import LlmscaleError, RecipeError
+
+app = typer.Typer(
+    name="llmscale",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="One recipe from raw text to an evaluated model, at any layout, on any cluster.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace its own.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or RUN_DIR:STAGE.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder to write.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    on: Annotated[str | None, typer.Option(help="local, slurm or ray.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Go on in the background.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start the stages over.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe's stages, or go on where they were."""
+    from llmscale import launch
+
+    chosen = stages.split(",") if stages else None
+    request = launch.request(recipe, overrides or [], on=on, run_dir=run_dir)
+    console = _console(as_json)
+    if dry_run:
+        answer = launch.dry_run(request, chosen)
+        lines = [
+            f"{task['stage']}: {task['task']} on {task['ranks']} rank(s): {task['action']}"
+            for task in answer["tasks"]
+        ]
+        _answer(as_json, answer, "\n".join(lines))
+    elif detach:
+        answer = launch.detached(request, chosen, fresh)
+        _answer(as_json, answer, f"running in {answer['run']}; see llmscale status {answer['run']}")
+    else:
+        _answer(as_json, launch.run(request, chosen, fresh, console))
+
+
+@app.command()
+def show(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print the recipe as it would run."""
+    from llmscale.recipe.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    _answer(as_json, loaded.model_dump(mode="json", by_alias=True), loaded.to_yaml().rstrip())
+
+
+@app.command()
+def schema(as_json: Json = False) -> None:
+    """Print the JSON Schema of recipes."""
+    from llmscale.recipe.recipe import json_schema
+
+    text = json.dumps(json_schema(), indent=2)
+    _answer(as_json, json.loads(text), text)
+
+
+@app.command()
+def status(run_dir: RunDir, as_json: Json = False) -> None:
+    """Tell how far a run is."""
+    from llmscale import runs
+
+    answer = runs.status(runs.open_run(run_dir))
+    lines = [f"{answer['recipe']} in {answer['run']}: {answer['running'] or 'not running'}"]
+    for stage in answer["stages"]:
+        progress = stage["progress"]
+        how_far = f"{progress['done']}/{progress['total']} {progress['unit']}" if progress else ""
+        detail = stage["error"] or (f"{how_far} {progress['text']}" if progress else "")
+        lines.append(f"  {stage['stage']:<16} {stage['status']:<12} {detail}".rstrip())
+    _answer(as_json, answer, "\n".join(lines))
+
+
+@app.command()
+def logs(
+    run_dir: RunDir,
+    stage: Annotated[str | None, typer.Option(help="Default: the one begun last.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as it grows.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a rank's log."""
+    from llmscale import runs
+
+    folder = runs.open_run(run_dir)
+    name = stage or runs.latest_stage(folder)
+    lines = runs.log_lines(folder.stage(name), rank, follow, lambda: folder.holder() is not None)
+    if as_json:
+        _answer(True, {"stage": name, "rank": rank, "lines": [line.rstrip("\n") for line in lines]})
+        return
+    for line in lines:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+@app.command()
+def cancel(run_dir: RunDir, as_json: Json = False) -> None:
+    """Ask a run to save and stop."""
+    from llmscale import runs
+
+    done = runs.cancel(runs.open_run(run_dir))
+    _answer(as_json, {"done": done}, done)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    decoding: Annotated[str, typer.Option(help="greedy, beam or sample.")] = "greedy",
+    max_new_tokens: Annotated[int, typer.Option(help="How long, in tokens.")] = 100,
+    beams: Annotated[int, typer.Option(help="Of beam search.")] = 4,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(help="Sample within this probability.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 1234,
+    as_json: Json = False,
+) -> None:
+    """Let a model go on from a text."""
+    from llmscale import models_at_hand
+
+    settings = {
+        "decoding": decoding,
+        "max_new_tokens": max_new_tokens,
+        "beams": beams,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+    }
+    text = models_at_hand.generate_text(model, prompt, settings, seed)
+    _answer(as_json, {"prompt": prompt, "text": text}, prompt + text)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[list[Path], typer.Option(help="A text file; can be given again.")],
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens a window.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens from window to window.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's perplexity and bits per byte on texts."""
+    from llmscale import models_at_hand
+
+    figures = models_at_hand.perplexity(model, text, window, stride)
+    lines = [
+        f"{name}: perplexity {f['perplexity']:.4f}, {f['bits_per_byte']:.4f} bits per byte, "
+        f"{f['tokens']:,} tokens"
+        for name, f in figures.items()
+    ]
+    _answer(as_json, figures, "\n".join(lines))
+
+
+@app.command()
+def export(
+    run_stage: Annotated[str, typer.Argument(metavar="RUN_DIR[:STAGE]")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Write a stage's best checkpoint as a Hugging Face folder."""
+    from llmscale import models_at_hand
+
+    answer = models_at_hand.export(run_stage, out)
+    _answer(as_json, answer, f"wrote {out} from step {answer['step']}")
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder.")],
+    out: Out,
+    as_json: Json = False,
+) -> None:
+    """Make a Hugging Face model ready to go on from, at any layout (start_from: DIR)."""
+    from llmscale import models_at_hand
+
+    parameters = models_at_hand.import_folder(hf_dir, out)
+    _answer(
+        as_json,
+        {"out": str(out), "parameters": parameters},
+        f"wrote {out}, {parameters:,} parameters",
+    )
+
+
+@app.command()
+def report(run_dir: RunDir, as_json: Json = False) -> None:
+    """Write RUN_DIR/report.html."""
+    from llmscale import runs
+    from llmscale.report.report import write_report
+
+    file = write_report(runs.open_run(run_dir))
+    _answer(as_json, {"report": str(file)}, f"wrote {file}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine has and lacks, and what would mend it."""
+    from dataclasses import asdict
+
+    from llmscale.doctor import examine
+
+    findings = examine()
+    lines = [
+        f"{f.state:<8} {f.name}: {f.detail}" + (f"  ->  {f.mend}" if f.mend else "")
+        for f in findings
+    ]
+    _answer(as_json, {"findings": [asdict(f) for f in findings]}, "\n".join(lines))
+    if any(finding.state == "missing" for finding in findings):
+        raise typer.Exit(3)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        sys.stdout.write(f"llmscale {__version__}\n")
+        raise typer.Exit
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def _answer(as_json: bool, answer: Any, text: str = "") -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(answer, default=str) + "\n")
+    elif text:
+        sys.stdout.write(text + "\n")
+
+
+@contextmanager
+def _one_line_errors(as_json: bool) -> Iterator[None]:
+    """An error is one line on standard error; with ``--json`` an object on standard output too."""
+    try:
+        yield
+    except LlmscaleError as error:
+        _fail(as_json, str(error), error.exit_code)
+    except typer.Abort:
+        _fail(as_json, "interrupted", 130)
+    except KeyboardInterrupt:
+        _fail(as_json, "interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(as_json, f"{where}{error.strerror or error}; free or mend it and run again", 4)
+
+
+def _fail(as_json: bool, line: str, code: int) -> None:
+    sys.stderr.write(" ".join(line.split()) + "\n")
+    _answer(as_json, {"error": line, "exit_code": code})
+    sys.exit(code)
+
+
+def main() -> None:
+    """The entry point of the ``llmscale`` command."""
+    as_json = "--json" in sys.argv
+    with _one_line_errors(as_json):
+        try:
+            code = app(standalone_mode=False)
+        except Exception as error:
+            usage: Callable[[], str] | None = getattr(error, "format_message", None)
+            if usage is None:
+                raise
+            raise RecipeError(f"llmscale: {usage()}; see llmscale --help") from None
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,23 @@
+"""What devices this machine has, found without importing torch."""
+
+from pathlib import Path
+
+from llmscale.errors import MachineError
+
+
+def cuda_present() -> bool:
+    """Whether the kernel shows an NVIDIA GPU."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def require_device(device: str) -> None:
+    """Checks that the device a recipe asks for is here.
+
+    Raises:
+        MachineError: if ``cuda`` is asked for and this machine shows no GPU.
+    """
+    if device == "cuda" and not cuda_present():
+        raise MachineError(
+            "cluster.device: this machine has no NVIDIA GPU; set cluster.device=cpu, "
+            "or run where one is (llmscale doctor tells what is here)"
+        )

@@ -1,0 +1,115 @@
+"""The commands that take a model: generate, evaluate, export, import. They import torch."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmscale import runs
+from llmscale.data.documents import read_documents
+from llmscale.errors import RecipeError
+from llmscale.evaluation.generation import Generation, generate
+from llmscale.recipe.explain import explain
+from llmscale.recipe.recipe import read_resolved
+from llmscale.stages.pretrain import Pretrain
+
+
+def generate_text(model: str, prompt: str, settings: Mapping[str, Any], seed: int) -> str:
+    """The model's continuation of a prompt.
+
+    Raises:
+        RecipeError: if the model or a setting is wrong.
+    """
+    try:
+        generation = Generation(**settings)
+    except ValidationError as error:
+        path, message = explain(error, Generation)
+        raise RecipeError(f"--{'-'.join(path).replace('_', '-')}: {message}") from None
+    folder = runs.model_folder(model)
+    from llmscale.evaluation.models import load_model
+
+    return generate(*load_model(folder), prompt, generation, seed)
+
+
+def perplexity(
+    model: str, texts: Sequence[Path], window: int | None, stride: int | None
+) -> dict[str, dict[str, float]]:
+    """The figures of each text, by its path.
+
+    Raises:
+        RecipeError: if the model, a text or a number is wrong.
+    """
+    for text in texts:
+        if not text.is_file():
+            raise RecipeError(f"--text: {text} is no file; give a text")
+    if window and stride and stride > window:
+        raise RecipeError(f"--stride: {stride} is above --window {window}; use at most {window}")
+    folder = runs.model_folder(model)
+    from llmscale.evaluation.models import load_model
+    from llmscale.evaluation.perplexity import likelihood
+
+    loaded, tokenizer = load_model(folder)
+    longest = loaded.config.max_position_embeddings
+    length = min(window or longest, longest)
+    figures = {}
+    for text in texts:
+        documents = (document.text for document in read_documents(text))
+        total = likelihood(
+            loaded, tokenizer, documents, length=length, stride=min(stride or length // 2, length)
+        )
+        if total.tokens == 0:
+            raise RecipeError(f"--text: {text} holds no text; give another")
+        figures[str(text)] = total.metrics()
+    return figures
+
+
+def import_folder(source: Path, target: Path) -> int:
+    """Makes an import of a Hugging Face folder; returns its number of parameters.
+
+    Raises:
+        RecipeError: if the folder cannot be imported.
+    """
+    _new(target)
+    runs.model_folder(str(source))
+    import llmscale.quiet  # noqa: F401
+    from llmscale.stages.imported import import_huggingface
+
+    return import_huggingface(source, target)
+
+
+def export(run_stage: str, target: Path) -> dict[str, Any]:
+    """Writes the best checkpoint of a training stage as a Hugging Face folder.
+
+    Raises:
+        RecipeError: if there is no such stage, or no whole checkpoint in it.
+    """
+    _new(target)
+    parts = runs.split_model(run_stage)
+    folder = runs.open_run(parts[0] if parts else Path(run_stage))
+    recipe = read_resolved(folder.recipe_file)
+    trained = [name for name, stage in recipe.stages.items() if isinstance(stage, Pretrain)]
+    name = parts[1] if parts else (trained[-1] if trained else "")
+    stage = recipe.stages.get(name)
+    if not isinstance(stage, Pretrain):
+        known = ", ".join(trained) or "none"
+        raise RecipeError(f"{run_stage}: {name!r} is no training stage; there are: {known}")
+    import llmscale.quiet  # noqa: F401
+    from llmscale.rank import input_folders
+    from llmscale.stages.pretrain_rank import export_at_one_rank
+
+    with tempfile.TemporaryDirectory() as meeting:
+        step = export_at_one_rank(
+            stage,
+            folder.stage(name),
+            input_folders(recipe, stage, folder)["tokenizer"],
+            target,
+            f"file://{meeting}/store",
+        )
+    return {"out": str(target), "stage": name, "step": step}
+
+
+def _new(target: Path) -> None:
+    if target.exists():
+        raise RecipeError(f"--out: {target} exists; choose a new folder")

@@ -1,0 +1,17 @@
+"""Importing this first keeps other libraries' notes about absent CUDA extensions quiet."""
+
+import logging
+import threading
+import warnings
+
+from tqdm import tqdm
+
+warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+warnings.filterwarnings("ignore", message=".*(cuda_graph_scope|CUDA_DEVICE_MAX_CONNECTIONS).*")
+warnings.filterwarnings("ignore", category=FutureWarning)
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+logging.getLogger("megatron").setLevel(logging.ERROR)
+logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+# A lock between processes would be reported as leaked when a rank is killed.
+tqdm.set_lock(threading.RLock())

