@@ -77,11 +77,11 @@ def nearest(numbers: Iterable[int], wanted: int) -> list[int]:
     return below[-4:] + above[:2]
 
 
-def shown(value: object) -> str:
+def shown(value: object, most: int = 60) -> str:
     """A value as an error's line shows it: as YAML on one line, and short."""
     plain = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     text = repr(plain) if isinstance(value, str) else plain
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def choices(numbers: Iterable[object]) -> str:

@@ -1,5 +1,6 @@
 """An architecture as megatron-core model chunks: what this rank holds of it."""
 
+import importlib.util
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from llmscale.models.architecture import Architecture
 from llmscale.models.attention import CausalAttention, transformer_engine_available
+from llmscale.models.cross_entropy import vocabulary_cross_entropy
 from llmscale.models.norms import Norm
 from llmscale.parallel.layout import Layout
 
@@ -86,11 +88,17 @@ def transformer_config(
         # With two stages the next rank is the previous one too: batched messages get mixed up.
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
-        bias_activation_fusion=device == "cuda" and architecture.gated,
+        bias_activation_fusion=architecture.gated,
         bias_dropout_fusion=device == "cuda",
-        gradient_accumulation_fusion=False,
+        fused_single_qkv_rope=device == "cpu" and architecture.rotary,
+        gradient_accumulation_fusion=device == "cpu" or apex_accumulates_gradients(),
         **recomputing,
     )
+
+
+def apex_accumulates_gradients() -> bool:
+    """Whether Apex's kernel for weight gradients is installed."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def _layer_layout(architecture: Architecture, layout: Layout) -> Any:
@@ -147,11 +155,14 @@ class Decoder(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy a token, ``[b, s]``, over the true vocabulary."""
-        columns = logits.shape[-1]
-        first = parallel_state.get_tensor_model_parallel_rank() * columns
-        if first + columns > self.true_vocabulary:
-            logits[..., max(0, self.true_vocabulary - first) :] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+        losses_sb = vocabulary_cross_entropy(
+            logits,
+            labels.transpose(0, 1),
+            true_vocabulary=self.true_vocabulary,
+            rank=parallel_state.get_tensor_model_parallel_rank(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return losses_sb.transpose(0, 1)
 
 
 def build_chunks(

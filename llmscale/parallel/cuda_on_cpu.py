@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 
 from llmscale.errors import MachineError
+from llmscale.parallel.cpu_kernels import cpu_kernels
 
 TESTED_VERSIONS = ("0.16.1",)
 
@@ -58,6 +59,7 @@ def cuda_on_cpu() -> Iterator[None]:
         stack.enter_context(patch.object(random, "_set_cuda_rng_state", _set_random_state))
         stack.enter_context(patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor))
         stack.enter_context(patch.object(torch.Tensor, "type", _type_as_cuda(torch.Tensor.type)))
+        stack.enter_context(cpu_kernels())
         yield
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from llmscale.errors import MachineError
 from llmscale.parallel.layout import Layout
+from llmscale.parallel.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def joined_world(
         if device == "cpu":
             from llmscale.parallel.cuda_on_cpu import cuda_on_cpu
 
+            keep_freed_memory()
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
             stack.enter_context(cuda_on_cpu())
         else:

@@ -89,7 +89,8 @@ class Recipe(Settings):
                         if candidate.kind in link.kinds and other != name
                     ]
                     use = f"use {choices(others)}" if others else f"add one of kind {link.kinds[0]}"
-                    yield Problem(("stages", name, key), f"{shown(target)} {cause}; {use}")
+                    message = f"{shown(target, most=500)} {cause}; {use}"
+                    yield Problem(("stages", name, key), message)
 
     def _misfit(self, target: str, link: Link) -> str | None:
         if target in self.stages:

@@ -61,6 +61,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text on one line, with escapes for what other styles of YAML would fold or lose."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}
     for _name, _pattern, _first in CORE_SCALARS:
@@ -277,9 +285,7 @@ def _scalar(kind: str, text: str) -> Any:
     if kind not in ("str", *patterns):
         raise ValueError("has a tag that recipes do not know; remove the tag")
     if kind == "str":
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("holds half a character; write the whole one")
-        return text
+        return _whole_characters(text)
     if not re.fullmatch(patterns[kind], text):
         raise ValueError(f"is no {kind}; remove the tag")
     match kind:
@@ -290,6 +296,14 @@ def _scalar(kind: str, text: str) -> Any:
         case "int":
             return _whole_number(text)
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _whole_characters(text: str) -> str:
+    """The text with JSON's pairs of escapes, such as ``\\ud83d\\ude00``, made one character."""
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise ValueError("holds half a character; write the whole one") from None
 
 
 def _whole_number(text: str) -> int:

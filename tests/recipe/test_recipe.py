@@ -16,6 +16,12 @@ from llmscale.recipe.recipe import Recipe, json_schema, load_recipe, read_resolv
 from llmscale.recipe.yaml_places import read_yaml
 from llmscale.stages import KINDS
 
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipe")
+
+
 BASE = """
 name: base
 seed: 7
@@ -178,6 +184,7 @@ def test_show_is_stable(quickstart: str, tmp_path: Path) -> None:
 texts_of_any_kind = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
     st.sampled_from(["1e-3", "0o17", "on", "~", "null", "0x1", ".inf", "- a", "a: b", "#", "<<"]),
+    st.sampled_from(["\x85", "a\u2028b", "\r\n", "\ufeff", " \n x ", "\x00", "\U0001f600\n"]),
 )
 numbers = st.floats(min_value=1e-300, max_value=1e300)
 fractions = st.floats(min_value=0, max_value=1, exclude_max=True)
@@ -194,10 +201,7 @@ fractions = st.floats(min_value=0, max_value=1, exclude_max=True)
     layers_per_stage=st.sampled_from([None, [1, 3], [2, 2]]),
     tied=st.sampled_from([None, True, False]),
 )
-def test_a_recipe_written_is_the_recipe_read(
-    tmp_path_factory: pytest.TempPathFactory, quickstart: str, **drawn: Any
-) -> None:
-    folder = tmp_path_factory.mktemp("recipe")
+def test_a_recipe_written_is_the_recipe_read(folder: Path, quickstart: str, **drawn: Any) -> None:
     plain = read_yaml(write(folder / "x.yaml", quickstart)).values
     stages = plain["stages"]
     stages["evaluation"]["samples"] |= {
@@ -222,7 +226,7 @@ def test_stages_run_after_those_they_need_and_else_as_written(
     plain = read_yaml(write(tmp_path / "x.yaml", quickstart)).values
     plain["stages"] = dict(reversed(plain["stages"].items()))
     recipe = load_recipe(write(tmp_path / "y.yaml", json.dumps(plain)))
-    assert list(recipe.stages)[0] == "evaluation"
+    assert next(iter(recipe.stages)) == "evaluation"
     assert recipe.order() == ["corpus", "tokenizer", "pretrain", "evaluation"]
 
 
