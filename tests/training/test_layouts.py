@@ -16,6 +16,7 @@ FIRST_TEN_STEPS = [
     "stages.pretrain.optimizer.schedule=constant",
     "stages.pretrain.optimizer.warmup_steps=10",
     "stages.pretrain.checkpoint.every=10",
+    "stages.pretrain.validation.samples=32",
 ]
 """The quickstart's own first ten steps: its warm-up reaches 1.5e-3 at the tenth."""
 
