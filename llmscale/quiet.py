@@ -4,7 +4,7 @@ import logging
 import threading
 import warnings
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
 warnings.filterwarnings("ignore", message=".*(cuda_graph_scope|CUDA_DEVICE_MAX_CONNECTIONS).*")

@@ -44,7 +44,9 @@ def write_corpus(
     if validation_fraction > 0:
         lowest = min((position(cleaned(d.text), seed) for d in documents()), default=0.0)
         threshold = max(validation_fraction, math.nextafter(lowest, 1.0))
-    counts = {split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS}
+    counts: dict[str, dict[str, int]] = {
+        split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS
+    }
     seen: set[float] = set()
     duplicates = 0
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ class Generation(Settings):
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, settings: Generation, seed: int) -> str:
-    """The prompt's continuation; the same for the same seed."""
+    """The prompt's continuation, within the model's positions; the same for the same seed."""
     import torch
 
     torch.manual_seed(seed)
@@ -29,7 +29,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Generation, seed
     ids = inputs["input_ids"]
     if ids.shape[1] == 0:
         ids = torch.tensor([[tokenizer.eos_token_id]])
-    choice: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},
         "beam": {"do_sample": False, "num_beams": settings.beams},
         "sample": {
@@ -38,13 +38,15 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Generation, seed
             "top_k": settings.top_k or 0,
             "top_p": settings.top_p,
         },
-    }[settings.decoding]
+    }
+    room = model.config.max_position_embeddings - ids.shape[1]
+    padding = tokenizer.pad_token_id
     output = model.generate(
         ids.to(model.device),
         attention_mask=torch.ones_like(ids).to(model.device),
-        max_new_tokens=settings.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        max_new_tokens=max(1, min(settings.max_new_tokens, room)),
+        pad_token_id=tokenizer.eos_token_id if padding is None else padding,
         eos_token_id=tokenizer.eos_token_id,
-        **choice,
+        **choices[settings.decoding],
     )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

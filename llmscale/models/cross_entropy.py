@@ -41,9 +41,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (total_n1.log() - chosen_n1).squeeze(1)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        context: Any, gradient_n: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(context: Any, gradient_n: Tensor) -> tuple[Tensor, None, None, None]:
         exponentials_nv, total_n1, target_n1, elsewhere_n1 = context.saved_tensors
         gradient_n1 = gradient_n.unsqueeze(1)
         scale_n1 = gradient_n1 / total_n1

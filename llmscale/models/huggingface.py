@@ -123,8 +123,8 @@ def export(
         everything = {name: entry for part in gathered for name, entry in part.items()}
         if stages > 1:
             total = sum(size for _, size in everything.values())
-            names = {name: file for name, (file, _) in sorted(everything.items())}
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+            files = {name: file for name, (file, _) in sorted(everything.items())}
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_json(folder / "config.json", _config(architecture, vocabulary, dtype))
     dist.barrier()

@@ -46,7 +46,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of an architecture at a layout."""
     dtype = DTYPES[precision]
-    recomputing: dict[str, Any] = {
+    recomputing: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {
@@ -54,7 +54,7 @@ def transformer_config(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
-    }[recompute]
+    }
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,
@@ -92,7 +92,7 @@ def transformer_config(
         bias_dropout_fusion=device == "cuda",
         fused_single_qkv_rope=device == "cpu" and architecture.rotary,
         gradient_accumulation_fusion=device == "cpu" or apex_accumulates_gradients(),
-        **recomputing,
+        **recomputing[recompute],
     )
 
 

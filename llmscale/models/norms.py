@@ -18,9 +18,7 @@ class _RootMeanSquare(torch.autograd.Function):
         return (hidden * scale).mul_(weight)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        context: Any, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, scale = context.saved_tensors
         width = hidden.shape[-1]
         product = gradient * hidden

@@ -58,7 +58,7 @@ class _Swiglu(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         (gate_and_up,) = context.saved_tensors
         gate, up = gate_and_up.chunk(2, -1)
         result = torch.empty_like(gate_and_up)
@@ -110,7 +110,7 @@ class _Rotary(torch.autograd.Function):
         return query_s, key_s, value_s
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         context: Any, query_gradient: Tensor, key_gradient: Tensor, value_gradient: Tensor
     ) -> tuple[Tensor, None, None]:
         cosine, sine = context.saved_tensors

@@ -47,8 +47,8 @@ def cuda_on_cpu() -> Iterator[None]:
         MachineError: if the installed megatron-core is not a version this was tested with.
     """
     _check_version()
-    for module in MODULES:
-        importlib.import_module(module)
+    for wanted in MODULES:
+        importlib.import_module(wanted)
     stand_in = _torch_without_cuda()
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     with ExitStack() as stack:

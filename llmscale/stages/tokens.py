@@ -28,7 +28,7 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
     documents = sum(1 for split in SPLITS for _ in read_split(workspace.inputs["corpus"], split))
     before = 0
     with new_folder(folder) as beside:
-        counts = {}
+        counts: dict[str, int] = {}
         for split in SPLITS:
 
             def on_document(number: int, before: int = before) -> None:

@@ -59,6 +59,8 @@ class _ThreadedWriter(FileSystemWriterAsync):
     since writing holds no lock of Python's.
     """
 
+    write_buckets: list[Any]
+
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
         with patch.object(filesystem_async, "_get_write_results_queue", queue.SimpleQueue):
             super().prepare_write_data(plan, planner)

@@ -47,8 +47,9 @@ class Trainer:
         nonfinite = 0
         while state.step < self.steps:
             result = self._step(state)
-            nonfinite = 0 if result.applied else nonfinite + 1
-            if not result.applied:
+            healthy = result.applied or result.overflowed
+            nonfinite = 0 if healthy else nonfinite + 1
+            if not healthy:
                 self._tell_nonfinite(state, result, nonfinite)
             state = replace(
                 state,

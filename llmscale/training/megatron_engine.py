@@ -1,5 +1,6 @@
 """The Megatron engine: owns a model, its optimizer and its parallelism."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,26 +12,34 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed import finalize_model_grads as finalize_gradients
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from llmscale.models.architecture import Architecture
-from llmscale.models.megatron import build_chunks, inner_model
+from llmscale.models.megatron import DTYPES, build_chunks, inner_model
 from llmscale.parallel.layout import Layout
 from llmscale.training import adam_state
 from llmscale.training.objectives import CausalBatch, causal_loss, tokens_alone
 from llmscale.training.settings import Optimizer, Precision, Recompute
 
+INITIAL_LOSS_SCALE, LOWEST_LOSS_SCALE = 2.0**16, 1.0
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step, as every rank knows it: loss a token, tokens, gradient norm, and if it counted."""
+    """One step, as every rank knows it: loss a token, tokens, gradient norm, and if it counted.
+
+    ``overflowed``: the step was skipped because the fp16 loss scale was too high; it has been
+    lowered, as dynamic loss scaling does (Micikevicius et al. 2018, section 3.2).
+    """
 
     loss: float
     tokens: int
     gradient_norm: float
     applied: bool
+    overflowed: bool = False
 
 
 class MegatronEngine:
@@ -93,19 +102,19 @@ class MegatronEngine:
         loss_sum, tokens = self._run(batches, forward_only=False)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+        scale = float(optimizer.get_loss_scale())
         overflow = optimizer.prepare_grads()
-        norm = float("inf") if overflow else float(optimizer.get_grad_norm())
-        finite = bool(torch.isfinite(torch.tensor([loss_sum, norm])).all())
+        norm = math.inf if overflow else float(optimizer.get_grad_norm())
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
             self._clip(norm)
             optimizer.step_with_ready_grads()
-        return StepResult(loss_sum / max(tokens, 1), tokens, norm, finite)
+        overflowed = overflow and math.isfinite(loss_sum) and scale > LOWEST_LOSS_SCALE
+        return StepResult(loss_sum / max(tokens, 1), tokens, norm, finite, overflowed)
 
     def _clip(self, norm: float) -> None:
         for optimizer in self.optimizer.chained_optimizers:
             if self.settings.gradient_clip > 0 and optimizer.get_parameters():
-                from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
                 clip_grad_by_total_norm_fp32(
                     optimizer.get_parameters(), self.settings.gradient_clip, norm
                 )
@@ -207,8 +216,8 @@ def _optimizer_config(settings: Optimizer, precision: Precision) -> OptimizerCon
         clip_grad=settings.gradient_clip,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            precision
-        ],
+        params_dtype=DTYPES[precision],
+        initial_loss_scale=INITIAL_LOSS_SCALE,
+        min_loss_scale=LOWEST_LOSS_SCALE,
         use_distributed_optimizer=settings.distributed,
     )

