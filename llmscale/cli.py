@@ -1,17 +1,23 @@
 """The commands: read arguments, call, print. No logic."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from llmscale import __version__
 from llmscale.errors import LlmscaleError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Looking for pydantic's plugins reads every installed package: a tenth of a second a command.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 app = typer.Typer(
     name="llmscale",
@@ -51,7 +57,6 @@ def run(
 
     chosen = stages.split(",") if stages else None
     request = launch.request(recipe, overrides or [], on=on, run_dir=run_dir)
-    console = _console(as_json)
     if dry_run:
         answer = launch.dry_run(request, chosen)
         lines = [
@@ -63,7 +68,7 @@ def run(
         answer = launch.detached(request, chosen, fresh)
         _answer(as_json, answer, f"running in {answer['run']}; see llmscale status {answer['run']}")
     else:
-        _answer(as_json, launch.run(request, chosen, fresh, console))
+        _answer(as_json, launch.run(request, chosen, fresh, _console(as_json)))
 
 
 @app.command()
@@ -244,7 +249,9 @@ def _options(
         raise typer.Exit
 
 
-def _console(as_json: bool) -> Console:
+def _console(as_json: bool) -> "Console":
+    from rich.console import Console
+
     return Console(stderr=as_json, highlight=False, soft_wrap=True)
 
 

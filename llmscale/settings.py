@@ -19,7 +19,12 @@ class Settings(BaseModel):
     """A part of a recipe: typed, immutable, and strict: no key or type is guessed at."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        defer_build=True,
+        validate_default=True,
+        strict=True,
+        allow_inf_nan=False,
     )
 
     keys_read_before: ClassVar[tuple[str, ...]] = ()
