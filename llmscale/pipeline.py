@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Protocol
 
 from llmscale.artifacts import RunFolder, fingerprint, now, write_text
 from llmscale.clusters.base import Cluster, Job
-from llmscale.errors import Interrupted, LlmscaleError, RecipeError, StageError
+from llmscale.errors import Interrupted, LlmscaleError, RecipeError
 from llmscale.recipe.recipe import Recipe
 
 NAMED_PACKAGES = ("llmscale", "torch", "megatron-core", "transformers", "tokenizers", "numpy")
@@ -143,11 +144,9 @@ class Pipeline:
                 self.cluster.run(Job(self.folder.path.absolute(), name, task))
         except LlmscaleError as error:
             status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            folder.update_manifest(status=status, error=str(error))
+            with suppress(OSError):  # on a full disk, the error itself matters more
+                folder.update_manifest(status=status, error=str(error))
             raise
-        except OSError as error:
-            folder.update_manifest(status="failed", error=str(error))
-            raise StageError(f"{name}: {error}") from None
         outputs = sorted(p.name for p in folder.path.iterdir() if not p.name.startswith("."))
         folder.update_manifest(status="finished", finished=now(), outputs=outputs)
         self.display.stage_finished(name, folder.manifest().get("metrics", {}))

@@ -1,13 +1,16 @@
 """Which rank failed first, and of what: not which rank noticed."""
 
+import shutil
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from llmscale.artifacts import StageFolder, read_json, write_json
 from llmscale.clusters.base import Job
 
+FULL_DISK_BYTES = 2**20
 SIGNS_OF_ANOTHER_RANKS_DEATH = (
     "connection closed by peer",
     "connection reset",
@@ -27,7 +30,8 @@ def record_failure(log_file: Path, error: BaseException) -> None:
     cause = lines[0] if lines else type(error).__name__
     secondary = any(sign in str(error).lower() for sign in SIGNS_OF_ANOTHER_RANKS_DEATH)
     entry = {"time": time.time(), "cause": cause, "secondary": secondary}
-    write_json(log_file.with_suffix(".error.json"), entry)
+    with suppress(OSError):
+        write_json(log_file.with_suffix(".error.json"), entry)
 
 
 def first_cause(job: Job, folder: StageFolder, exit_codes: Mapping[int, int | None]) -> str:
@@ -56,5 +60,7 @@ def first_cause(job: Job, folder: StageFolder, exit_codes: Mapping[int, int | No
     else:
         rank = next(rank for rank, code in exit_codes.items() if code)
         cause = f"ended with exit code {exit_codes[rank]}"
+    if shutil.disk_usage(folder.path).free < FULL_DISK_BYTES:
+        cause = "the disk is full; free space and run the same command again"
     where = f"{job.stage} ({job.task.name})"
     return f"{where}: rank {rank} failed: {cause}; see {folder.log_file(rank)}"

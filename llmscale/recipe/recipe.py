@@ -52,7 +52,7 @@ class Recipe(Settings):
             visit(name, ())
         return ordered
 
-    def problems(self, folder: Path) -> Iterator[Problem]:
+    def problems(self) -> Iterator[Problem]:
         """All that types do not catch: links, cycles, and each stage's own checks."""
         for name in self.stages:
             if name in RESERVED_STAGE_NAMES:
@@ -73,7 +73,7 @@ class Recipe(Settings):
             yield Problem(
                 ("cluster", "nodes"), f"local has one node, not {self.cluster.nodes}; use 1"
             )
-        view = RecipeView(self.stages, self.cluster, folder)
+        view = RecipeView(self.stages, self.cluster)
         for name, stage in self.stages.items():
             yield from under("stages", under(name, stage.problems(view)))
 
@@ -120,7 +120,7 @@ def load_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
         for override in overrides:
             _apply(document, override)
         recipe = _validate(document, file.parent)
-        for problem in recipe.problems(file.parent):
+        for problem in recipe.problems():
             raise _error(document, problem.path, problem.message)
     except RecipeError as error:
         raise RecipeError(_one_line(str(error))) from None

@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -89,7 +89,6 @@ class RecipeView:
 
     stages: Mapping[str, "Stage"]
     cluster: ClusterSettings
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,6 @@ class Workspace:
     rank: int = 0
     ranks: int = 1
     rendezvous: str = ""
-    stages: Mapping[str, "Stage"] = field(default_factory=dict)
 
 
 class Stage(Settings):

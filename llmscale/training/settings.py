@@ -51,7 +51,7 @@ class Optimizer(Settings):
     epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     gradient_clip: NonNegativeFloat = 1.0
-    distributed: Annotated[bool, NOT_IDENTITY] = False
+    distributed: bool = False
 
     def problems(self, steps: int) -> Iterator[Problem]:
         """What does not fit into the number of steps."""
@@ -89,9 +89,8 @@ class Checkpointing(Settings):
 
 
 class Validation(Settings):
-    """How often, and on how many samples, the validation loss is taken."""
+    """On how many samples the validation loss is taken, at each checkpoint."""
 
-    every: Annotated[PositiveInt, NOT_IDENTITY] = 500
     samples: PositiveInt = 256
 
 
