@@ -11,7 +11,8 @@ import pytest
 
 from llmscale.artifacts import RunFolder, write_json
 from llmscale.errors import RecipeError
-from llmscale.report.report import format_duration, format_value, thin, write_report
+from llmscale.report.plots import thin
+from llmscale.report.report import format_duration, format_value, write_report
 
 RECIPE = """
 name: tiny
