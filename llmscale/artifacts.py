@@ -6,6 +6,7 @@ disk, and renamed, so a reader finds the old content or the new and never a part
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -78,9 +79,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     beside.chmod(0o755)
     try:
         yield beside
-        for file in sorted(beside.rglob("*")):
-            if file.is_file():
-                sync_file(file)
         publish_folder(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -88,7 +86,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(beside: Path, path: Path) -> None:
-    """Renames a finished folder into place; what stood there before is removed."""
+    """Flushes a finished folder and renames it into place, for what stood there before."""
+    for file in sorted(beside.rglob("*")):
+        if file.is_file():
+            sync_file(file)
     sync_folder(beside)
     if path.exists():
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
@@ -119,6 +120,21 @@ def fingerprint(value: Any) -> str:
     """The SHA-256 of plain data in canonical JSON."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Changes when a file of the folder does (by name, size and time of change)."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return fingerprint([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what interrupted writes left beside their places; only for the folder's writer."""
+    for leftover in folder.glob(".*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def mark_complete(folder: Path, checksums: dict[str, str]) -> None:
@@ -197,8 +213,8 @@ class RunFolder:
         """Moves a stage's outdated folder out of the way, keeping it."""
         superseded = self.path / "superseded"
         superseded.mkdir(exist_ok=True)
-        number = sum(1 for _ in superseded.glob(f"{name}-*")) + 1
-        target = superseded / f"{name}-{number}"
+        targets = (superseded / f"{name}-{number}" for number in itertools.count(1))
+        target = next(target for target in targets if not target.exists())
         self.stage(name).path.rename(target)
         sync_folder(self.path)
         return target

@@ -67,13 +67,7 @@ def run(
     """
     from llmscale.report.report import write_report
 
-    cluster = request.recipe.cluster
-    if cluster.on != "local":
-        raise MachineError(
-            f"cluster.on: this version starts ranks on this machine only, not on {cluster.on}; "
-            "use --on local, or --dry-run to see the tasks"
-        )
-    require_device(cluster.device)
+    _require_runnable(request, stages)
     pipeline = _pipeline(request, console)
     try:
         pipeline.run(stages, fresh)
@@ -96,13 +90,15 @@ def run(
 
 def detached(request: Request, stages: Sequence[str] | None, fresh: bool) -> dict[str, Any]:
     """Starts ``run`` in the background, with its output in ``RUN_DIR/launcher.log``."""
+    _require_runnable(request, stages)
     folder = request.folder
     holder = folder.holder()
     if holder is not None:
         raise RecipeError(f"{folder.path}: {holder} is running in this folder")
     folder.path.mkdir(parents=True, exist_ok=True)
-    write_text(folder.recipe_file, request.recipe.to_yaml())
-    command = [sys.executable, "-m", "llmscale", "run", str(folder.recipe_file.absolute())]
+    submitted = folder.path.absolute() / "submitted.yaml"
+    write_text(submitted, request.recipe.to_yaml())
+    command = [sys.executable, "-m", "llmscale", "run", str(submitted)]
     command += ["--run-dir", str(folder.path.absolute())]
     command += ["--stages", ",".join(stages)] if stages else []
     command += ["--fresh"] if fresh else []
@@ -116,6 +112,17 @@ def detached(request: Request, stages: Sequence[str] | None, fresh: bool) -> dic
             start_new_session=True,
         )
     return {"run": str(folder.path), "process": process.pid, "log": str(log)}
+
+
+def _require_runnable(request: Request, stages: Sequence[str] | None) -> None:
+    cluster = request.recipe.cluster
+    if cluster.on != "local":
+        raise MachineError(
+            f"cluster.on: this version starts ranks on this machine only, not on {cluster.on}; "
+            "use --on local, or --dry-run to see the tasks"
+        )
+    require_device(cluster.device)
+    dry_run(request, stages)
 
 
 def _pipeline(request: Request, console: Console) -> Pipeline:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
-from llmscale.artifacts import RunFolder, fingerprint, now, write_text
+from llmscale.artifacts import RunFolder, folder_fingerprint, now, remove_leftovers, write_text
 from llmscale.clusters.base import Cluster, Job
 from llmscale.errors import Interrupted, LlmscaleError, RecipeError
 from llmscale.recipe.recipe import Recipe
@@ -100,7 +100,7 @@ class Pipeline:
         for key in stage.links:
             named = getattr(stage, key)
             if key not in inputs and named is not None:
-                inputs[key] = _folder_fingerprint(Path(named))
+                inputs[key] = folder_fingerprint(Path(named))
         return stage.fingerprint(self.recipe.seed, inputs)
 
     def _plan(self, name: str) -> Plan:
@@ -125,6 +125,8 @@ class Pipeline:
             kept = self.folder.set_aside(name)
             self.display.note(f"{name}: the recipe changed; the former result is kept in {kept}")
         folder = self.folder.stage(name)
+        remove_leftovers(folder.path)
+        remove_leftovers(folder.checkpoints)
         folder.update_manifest(
             stage=name,
             kind=stage.kind,
@@ -150,11 +152,6 @@ class Pipeline:
         outputs = sorted(p.name for p in folder.path.iterdir() if not p.name.startswith("."))
         folder.update_manifest(status="finished", finished=now(), outputs=outputs)
         self.display.stage_finished(name, folder.manifest().get("metrics", {}))
-
-
-def _folder_fingerprint(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return fingerprint([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])
 
 
 def _versions() -> dict[str, str]:

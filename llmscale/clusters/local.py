@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +33,7 @@ PRELOADED = ["llmscale.quiet", "llmscale.stages.pretrain_rank"]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_FOR_OTHERS_ERRORS = 1.0
 POLL_SECONDS = 0.1
+GO_ON = "interrupted; run the same command again to go on"
 
 
 @dataclass
@@ -56,6 +58,7 @@ class LocalCluster:
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
+        _start_fork_server()
         folder = RunFolder(job.run_folder).stage(job.stage)
         folder.logs.mkdir(parents=True, exist_ok=True)
         for old in folder.logs.glob("*.error.json"):
@@ -68,7 +71,13 @@ class LocalCluster:
                     arguments = (self.entry, job, rank, address, folder.log_file(rank))
                     processes.append(context.Process(target=_rank_main, args=arguments))
                     processes[-1].start()
+                if self._stops:
+                    raise Interrupted(GO_ON)
                 self._follow(job, folder, processes)
+            except (EOFError, ConnectionError, BrokenPipeError):
+                if not self._stops:
+                    raise
+                raise Interrupted(GO_ON) from None
             finally:
                 _kill(processes)
                 shutil.rmtree(rendezvous, ignore_errors=True)
@@ -83,12 +92,14 @@ class LocalCluster:
                 break
         failed = self._failed(processes)
         if self._stops and (failed or any(p.exitcode for p in processes)):
-            raise Interrupted("interrupted; run the same command again to go on")
+            raise Interrupted(GO_ON)
         if failed:
             codes = {rank: process.exitcode for rank, process in enumerate(processes)}
             raise StageError(first_cause(job, folder, codes))
         if any(process.exitcode for process in processes):
             raise Interrupted("a rank was asked to stop; run the same command again to go on")
+        if self._stops:
+            raise Interrupted(GO_ON)
 
     def _failed(self, processes: list[ForkServerProcess]) -> bool:
         return any(p.exitcode not in (None, 0, Interrupted.exit_code) for p in processes)
@@ -104,7 +115,7 @@ class LocalCluster:
                 _kill(processes)
                 return
             for process in processes:
-                if process.is_alive():
+                if process.pid is not None and process.is_alive():
                     process.terminate()
 
         if threading.current_thread() is not threading.main_thread():
@@ -118,6 +129,18 @@ class LocalCluster:
                 signal.signal(number, handler)
 
 
+def _start_fork_server() -> None:
+    """Starts it deaf to Ctrl-C, which a terminal sends to all: the launcher decides alone."""
+    if threading.current_thread() is not threading.main_thread():
+        ensure_running()
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _wait_for_others(processes: list[ForkServerProcess]) -> None:
     """Gives the other ranks a moment to write down errors of their own."""
     deadline = time.monotonic() + SECONDS_FOR_OTHERS_ERRORS
@@ -126,10 +149,11 @@ def _wait_for_others(processes: list[ForkServerProcess]) -> None:
 
 
 def _kill(processes: list[ForkServerProcess]) -> None:
-    for process in processes:
+    started = [process for process in processes if process.pid is not None]
+    for process in started:
         if process.is_alive():
             process.kill()
-    for process in processes:
+    for process in started:
         process.join()
 
 
@@ -165,11 +189,11 @@ def _rank_main(entry: Entry, job: Job, rank: int, rendezvous: str, log_file: Pat
 
 def _end_with_launcher() -> None:
     """Ends this rank at once if the launcher dies, however it died."""
-    launcher = os.getppid()
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None, "a rank is a child of its launcher"
 
     def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
+        wait([launcher.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, get_args
 
+from llmscale.artifacts import sync_file
 from llmscale.data.documents import Document, cleaned
 from llmscale.data.split import position
 
@@ -42,7 +43,8 @@ def write_corpus(
     """
     threshold = validation_fraction
     if validation_fraction > 0:
-        lowest = min((position(cleaned(d.text), seed) for d in documents()), default=0.0)
+        texts = (cleaned(document.text) for document in documents())
+        lowest = min((position(text, seed) for text in texts if text.strip()), default=0.0)
         threshold = max(validation_fraction, math.nextafter(lowest, 1.0))
     counts: dict[str, dict[str, int]] = {
         split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS
@@ -69,5 +71,7 @@ def write_corpus(
             counts[split]["documents"] += 1
             counts[split]["characters"] += len(text)
             counts[split]["bytes"] += len(text.encode())
+    for split in SPLITS:
+        sync_file(split_file(folder, split))
     counts["left_out"] = {"duplicates": duplicates}
     return counts

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
@@ -22,7 +23,7 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
             folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
         )
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise RecipeError(
             f"{folder}: cannot be loaded: {cause}; give a Hugging Face folder or RUN_DIR:STAGE"

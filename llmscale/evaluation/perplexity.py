@@ -45,8 +45,9 @@ def windows(tokens: list[int], length: int, stride: int) -> list[tuple[list[int]
     """Inputs and labels of overlapping windows in which each token but the first counts once.
 
     Each window after the first scores only the tokens no earlier window has scored, and
-    sees ``length - stride`` tokens before them.
+    sees the tokens before them: at least one, so a stride is at most ``length - 1``.
     """
+    stride = min(stride, length - 1)
     pairs = []
     scored_to = 1
     for begin in range(0, max(1, len(tokens) - 1), stride):

@@ -13,9 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def flash_attention_available(device: str) -> bool:
-    """Whether the flash-attn package can serve this device."""
-    return device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+def flash_attention_available(device: str, dtype: torch.dtype) -> bool:
+    """Whether the flash-attn package is here and serves this device and precision."""
+    return (
+        device == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and importlib.util.find_spec("flash_attn") is not None
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
 
 
 class CausalAttention(MegatronModule):
@@ -49,7 +54,7 @@ class CausalAttention(MegatronModule):
             ``[s, b, n * d]``.
         """
         length, batch = query_sbnd.shape[:2]
-        if flash_attention_available(query_sbnd.device.type):
+        if flash_attention_available(query_sbnd.device.type, query_sbnd.dtype):
             from flash_attn import flash_attn_func
 
             query, key, value = (t.transpose(0, 1) for t in (query_sbnd, key_sbkd, value_sbkd))

@@ -37,6 +37,13 @@ from llmscale.parallel.layout import Layout
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+TRANSFORMER_ENGINE_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Under which keys checkpoints hold the norms, with Transformer Engine's layers or without."""
+
+
 def transformer_config(
     architecture: Architecture,
     layout: Layout,
@@ -142,6 +149,7 @@ def layer_spec(config: TransformerConfig, device: str) -> ModuleSpec:
             pre_mlp_layernorm=Norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=TRANSFORMER_ENGINE_KEYS,
         ),
     )
 

@@ -96,15 +96,3 @@ class Layout(Settings):
             f"pipeline {self.pipeline} x virtual_pipeline {self.virtual_pipeline} = "
             f"{self.pipeline * self.virtual_pipeline}"
         )
-
-    def chunk_layers(self, layers: int) -> list[list[int]]:
-        """Global layer numbers of each stage in the order the model runs them.
-
-        Stage ``virtual * pipeline + rank`` is chunk ``virtual`` of pipeline rank ``rank``.
-        """
-        chunks = self.pipeline * self.virtual_pipeline
-        counts = self.layers_per_stage or (layers // chunks,) * chunks
-        starts = [sum(counts[:stage]) for stage in range(chunks)]
-        return [
-            list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)
-        ]

@@ -30,7 +30,7 @@ class Perplexity(Settings):
 
     split: Literal["train", "validation"] | None = None
     text: RecipePath | None = None
-    window: PositiveInt | None = None
+    window: int | None = Field(default=None, ge=2)
     stride: PositiveInt | None = None
 
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from safetensors import SafetensorError
 
 from llmscale.artifacts import COMPLETE, checksum, damage, mark_complete, new_folder
 from llmscale.errors import RecipeError
@@ -36,7 +37,7 @@ def import_huggingface(source: Path, target: Path) -> int:
     vocabulary = huggingface_vocabulary(source)
     try:
         weights = HuggingFaceWeights(source)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise RecipeError(f"{error}; give a folder with safetensors") from None
     with new_folder(target) as folder:
         rendezvous = f"file://{folder}/.rendezvous"
@@ -46,7 +47,10 @@ def import_huggingface(source: Path, target: Path) -> int:
             process_groups(layout, seed=0),
         ):
             engine = MegatronEngine(architecture, vocabulary, layout, Optimizer(learning_rate=1.0))
-            fill(engine.chunks, architecture, vocabulary, weights)
+            try:
+                fill(engine.chunks, architecture, vocabulary, weights)
+            except (KeyError, ValueError, SafetensorError) as error:
+                raise RecipeError(f"{source}: its tensors do not fit: {error}") from None
             path = folder / WEIGHTS
             path.mkdir()
             dist_checkpointing.save(model_state(engine), str(path))

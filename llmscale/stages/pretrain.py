@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import PositiveInt
 
+from llmscale.artifacts import folder_fingerprint
 from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
@@ -111,7 +112,7 @@ class Pretrain(Stage):
         return self.architecture()
 
     def sources(self) -> list[object]:
-        return [self.start_from and Path(self.start_from, "config.json").stat().st_mtime_ns]
+        return [self.start_from and folder_fingerprint(Path(self.start_from))]
 
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
         return (Task("tokens"), Task("train", cluster.ranks))

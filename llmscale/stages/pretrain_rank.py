@@ -142,6 +142,8 @@ def export_best(
 ) -> None:
     """Writes ``hf/`` from the checkpoint of least validation loss, else the last; collective."""
     best = state.best_step or state.step
+    if best != state.step and not checkpoints.whole(best):
+        best = state.step
     if best != state.step:
         checkpoints.load_weights(engine, best)
     export_folder(engine, workspace.folder.hf, workspace.inputs["tokenizer"])
@@ -192,6 +194,8 @@ def export_at_one_rank(
         if newest is None:
             raise RecipeError(f"{folder.path}: no whole checkpoint yet; run the stage first")
         best = read_json(checkpoints.path(newest) / STATE)["best_step"] or newest
+        if best != newest and not checkpoints.whole(best):
+            best = newest
         engine = MegatronEngine(
             stage.architecture(), vocabulary, Layout(), stage.optimizer, precision=stage.precision
         )

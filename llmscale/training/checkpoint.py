@@ -141,8 +141,26 @@ class Checkpoints:
                     found = [step]
                     break
                 self._say(f"{self.path(step)}: {wrong}; using the one before")
+                self._put_away(step)
         dist.broadcast_object_list(found)
         return found[0]
+
+    def _put_away(self, step: int) -> None:
+        """Keeps a damaged checkpoint to look at, out of the way of those that count."""
+        away = self._folder / f"damaged-{step:08d}"
+        shutil.rmtree(away, ignore_errors=True)
+        self.path(step).rename(away)
+
+    def whole(self, step: int) -> bool:
+        """Whether a step's checkpoint is there and its checksums hold."""
+        answer: list[bool] = [False]
+        if dist.get_rank() == 0:
+            wrong = damage(self.path(step))
+            answer = [wrong is None]
+            if wrong is not None:
+                self._say(f"{self.path(step)}: {wrong}")
+        dist.broadcast_object_list(answer)
+        return answer[0]
 
     def save(self, engine: MegatronEngine, state: TrainingState) -> None:
         """Writes a checkpoint; afterwards prunes all but the newest ``keep`` and the best."""
@@ -198,7 +216,9 @@ class Checkpoints:
         dist.barrier()
 
     def _prune(self, state: TrainingState) -> None:
-        kept = {*self.steps()[-self._keep :], state.best_step}
+        newest = self.steps()[-self._keep :]
+        best = {(read_json(self.path(step) / STATE) or {}).get("best_step") for step in newest}
+        kept = {*newest, *best, state.best_step}
         for step in self.steps():
             if step not in kept:
                 shutil.rmtree(self.path(step))
@@ -208,14 +228,14 @@ class Checkpoints:
         path = self.path(step)
         state = sharded_state(engine, loading=True)
         keys = dist_checkpointing.load_tensors_metadata(str(path))
-        if _random_key() not in keys:
+        if _random_key(engine) not in keys:
             state.pop("random")
         loaded = dist_checkpointing.load(state, str(path))
         set_weights(engine, loaded)
         engine.optimizer.load_state_dict(loaded["optimizer"])
         separate_step_counts(engine.optimizer)
         if "random" in loaded:
-            _set_random_states(loaded["random"])
+            _set_random_states(engine, loaded["random"])
         return TrainingState(**read_json(path / STATE))
 
     def load_weights(self, engine: MegatronEngine, step: int) -> None:
@@ -245,9 +265,9 @@ def sharded_state(engine: MegatronEngine, loading: bool = False) -> dict[str, An
     state["optimizer"] = engine.optimizer.sharded_state_dict(
         dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
     )
-    states = _random_states()
+    states = _random_states(engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    state["random"] = ShardedTensor.from_rank_offsets(_random_key(), states, (0, rank, ranks))
+    state["random"] = ShardedTensor.from_rank_offsets(_random_key(engine), states, (0, rank, ranks))
     return state
 
 
@@ -255,29 +275,32 @@ def _data_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def _random_key() -> str:
-    return f"random_states_of_{dist.get_world_size()}_ranks"
+def _random_key(engine: MegatronEngine) -> str:
+    return f"random_states_of_{dist.get_world_size()}_{engine.device.type}_ranks"
 
 
 def _tracker_states() -> dict[str, torch.Tensor]:
     return tensor_parallel.get_cuda_rng_tracker().get_states()
 
 
-def _random_states() -> torch.Tensor:
+def _device_state(engine: MegatronEngine) -> torch.Tensor:
+    return torch.cuda.get_rng_state() if engine.device.type == "cuda" else torch.get_rng_state()
+
+
+def _random_states(engine: MegatronEngine) -> torch.Tensor:
     """The CPU generator, the device's, and megatron-core's tracked: ``[1, states, bytes]``."""
     tracked = [state for _, state in sorted(_tracker_states().items())]
-    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
-    parts = [torch.get_rng_state(), device, *tracked]
+    parts = [torch.get_rng_state(), _device_state(engine), *tracked]
     width = max(part.numel() for part in parts)
     rows = [torch.nn.functional.pad(part.cpu(), (0, width - part.numel())) for part in parts]
     return torch.stack(rows).unsqueeze(0)
 
 
-def _set_random_states(states: torch.Tensor) -> None:
+def _set_random_states(engine: MegatronEngine, states: torch.Tensor) -> None:
     parts = list(states[0])
     torch.set_rng_state(parts[0][: torch.get_rng_state().numel()].clone())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(parts[1][: torch.cuda.get_rng_state().numel()].clone())
+    if engine.device.type == "cuda":
+        torch.cuda.set_rng_state(parts[1][: _device_state(engine).numel()].clone())
     tracked = {
         name: part[: old.numel()].clone()
         for (name, old), part in zip(sorted(_tracker_states().items()), parts[2:], strict=True)

@@ -1,8 +1,8 @@
 """What rank 0 tells of training: ``metrics.jsonl``, TensorBoard and the progress file."""
 
 import json
+import math
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
@@ -75,14 +75,9 @@ class TrainingLog:
         self._tensorboard.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        finite = {n: v if math.isfinite(v) else None for n, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         for name, value in line.items():
             if name not in ("step", "tokens"):
                 self._tensorboard.add_scalar(name, value, line["step"])
-
-
-def note(file: Path, **entry: Any) -> None:
-    """Appends one JSON line to a file."""
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(entry) + "\n")

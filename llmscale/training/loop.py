@@ -1,5 +1,6 @@
 """The training loop: step, log, validate, save, stop."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -122,7 +123,8 @@ class Trainer:
         loss = self.validation_loss(self.validation)
         if self.log is not None:
             self.log.validation(state.step, loss)
-        if state.best_loss is None or loss < state.best_loss:
+        better = state.best_loss is None or loss < state.best_loss
+        if better and math.isfinite(loss):
             return replace(state, best_loss=loss, best_step=state.step)
         return state
 

@@ -4,6 +4,7 @@ CUDA peaks are dense, without sparsity, from NVIDIA's data sheets (A100: 312 TFL
 19.5 fp32, 156 as TF32; H100 SXM 989 bf16, H100 PCIe 756; V100 125 fp16).
 """
 
+import os
 import time
 
 import torch
@@ -33,10 +34,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def _measured_cpu_peak(size: int = 768, repeats: int = 5) -> float:
+    own_threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
     left, right = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
         left @ right
         best = min(best, time.perf_counter() - begin)
+    torch.set_num_threads(own_threads)
     return 2.0 * size**3 / best

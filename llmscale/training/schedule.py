@@ -9,8 +9,9 @@ def learning_rate(step: int, steps: int, settings: Optimizer) -> float:
     """The learning rate of step ``step`` (0 is the first) of ``steps``.
 
     Linear warm-up to the peak, then: ``constant``; ``linear`` or ``cosine`` (Loshchilov and
-    Hutter 2017, equation 5) down to the minimum at the last step; ``wsd`` stays at the peak
-    and falls linearly over the last ``decay_steps`` (Hu et al. 2024, section 4).
+    Hutter 2017, equation 5) towards the minimum, which step ``steps`` would have; ``wsd``
+    stays at the peak and falls linearly over the last ``decay_steps`` (Hu et al. 2024,
+    section 4).
     """
     peak, lowest, warmup = (
         settings.learning_rate,

@@ -25,9 +25,10 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("everything_installed")
 def test_cuda_kernels_are_taken_on_cuda_alone() -> None:
-    assert attention.flash_attention_available("cuda")
+    assert attention.flash_attention_available("cuda", torch.bfloat16)
     assert attention.transformer_engine_available("cuda")
-    assert not attention.flash_attention_available("cpu")
+    assert not attention.flash_attention_available("cuda", torch.float32)
+    assert not attention.flash_attention_available("cpu", torch.bfloat16)
     assert not attention.transformer_engine_available("cpu")
 
 
@@ -37,10 +38,11 @@ def test_transformer_engine_is_left_alone_on_gpus_it_does_not_serve(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     assert not attention.transformer_engine_available("cuda")
+    assert not attention.flash_attention_available("cuda", torch.float16)
 
 
 def test_what_is_not_installed_is_not_taken() -> None:
-    assert not attention.flash_attention_available("cuda")
+    assert not attention.flash_attention_available("cuda", torch.bfloat16)
     assert not attention.transformer_engine_available("cuda")
     assert not megatron.apex_accumulates_gradients()
 

@@ -5,6 +5,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -113,6 +115,24 @@ def test_twenty_kills_leave_the_loss_curve_bit_for_bit(
     ours, expected = parameters(stage), parameters(uninterrupted)
     assert all(ours[name].equal(expected[name]) for name in expected)
     print(f"{kills} kills, {during_save} of them during a save")
+
+
+@pytest.mark.ranks
+def test_the_ranks_end_with_their_launcher(run_folder: Path) -> None:
+    stage = run_folder / "pretrain"
+    command = [sys.executable, "-m", "llmscale", "run", str(QUICKSTART), "--run-dir"]
+    command += [str(run_folder), "--stages", "pretrain", *SMALL, *at(2, 1, 1)]
+    command += ["stages.pretrain.steps=100000"]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (stage / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = rank_processes(stage)
+    assert len(ranks) == 2
+    launcher.kill()
+    launcher.wait()
+    time.sleep(2)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 def train_half(run_folder: Path, layout: list[str]) -> Path:
