@@ -25,18 +25,21 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
     if (folder / ABOUT).exists():
         return
     tokenizer = load_tokenizer(workspace.inputs["tokenizer"])
-    documents = sum(1 for split in SPLITS for _ in read_split(workspace.inputs["corpus"], split))
+    documents = {
+        split: sum(1 for _ in read_split(workspace.inputs["corpus"], split)) for split in SPLITS
+    }
+    total = sum(documents.values())
     before = 0
     with new_folder(folder) as beside:
         counts: dict[str, int] = {}
         for split in SPLITS:
 
             def on_document(number: int, before: int = before) -> None:
-                workspace.progress.update(before + number, documents, "documents", "tokens")
+                workspace.progress.update(before + number, total, "documents", "tokens")
 
             texts = read_split(workspace.inputs["corpus"], split)
             counts[split] = write_tokens(texts, tokenizer, beside / split, on_document)
-            before += sum(1 for _ in read_split(workspace.inputs["corpus"], split))
+            before += documents[split]
         about = {
             "vocabulary": _vocabulary(stage, len(tokenizer)),
             "end_of_text": tokenizer.eos_token_id,
