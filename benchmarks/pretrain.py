@@ -161,7 +161,7 @@ def main(steps: int) -> None:
                 seconds[name].append(elapsed)
     for process in processes.values():
         process.terminate()
-    flops = Architecture(**SHAPE).flops_per_token(VOCABULARY, LENGTH)
+    flops = Architecture(**SHAPE).flops_per_sample(VOCABULARY, LENGTH) / LENGTH
     print(f"fp32 matrix-product peak, one thread: {peak / 1e9:.0f} GFLOP/s; {steps} steps each")
     base = seconds[TRAINERS[0]]
     for name, taken in seconds.items():

@@ -5,6 +5,7 @@ so that starting eight of them takes about a second.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,8 @@ def joined(job: Job, rank: int, rendezvous: str, layout: Layout) -> Iterator[Any
 
 def layout_ranks(layout: dict[str, Any]) -> int:
     """How many ranks a layout's settings need."""
-    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
+    degrees = ("tensor", "pipeline", "context", "data")
+    return math.prod(layout.get(degree, 1) for degree in degrees)
 
 
 class Quiet:

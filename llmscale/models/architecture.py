@@ -1,14 +1,12 @@
-"""One description of a decoder, from which its Megatron and Hugging Face forms are made."""
+"""One description of a model, from which its Megatron and Hugging Face forms are made."""
 
-import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from llmscale.errors import RecipeError
 from llmscale.parallel.layout import Layout
 from llmscale.settings import (
     Problem,
@@ -16,34 +14,88 @@ from llmscale.settings import (
     choices,
     divisors,
     nearest,
-    nearest_multiples,
-    shown,
 )
 
-Family = Literal["llama", "gpt2"]
+Family = Literal["llama", "qwen2", "qwen3", "mixtral", "gpt2", "bert", "t5"]
+Objective = Literal["causal", "masked", "spans"]
 Size = Annotated[int, Field(gt=0, le=2**24)]
 
 VOCABULARY_MULTIPLE = 128
 """Rows of the embedding are padded to a multiple of this and of the tensor degree."""
 
 
-LLAMA3_ROTARY = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+@dataclass(frozen=True)
+class Traits:
+    """What a family's models have in common.
+
+    ``biases``: on all linear layers but the output layer, on queries, keys and values alone,
+    or on none. ``own`` are the keys of a recipe's model that only such families have.
+    """
+
+    objective: Objective = "causal"
+    positions: Literal["rotary", "learned", "relative"] = "rotary"
+    norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
+    gated: bool = True
+    tied: bool = False
+    biases: Literal["none", "attention inputs", "all"] = "none"
+    query_key_norm: bool = False
+    own: frozenset[str] = frozenset()
+
+
+ROTARY_KEYS = frozenset({"key_value_heads", "head_size", "rotary_base"})
+FAMILIES: dict[str, Traits] = {
+    "llama": Traits(own=ROTARY_KEYS | {"tied_embeddings", "bias", "rotary_scaling_factor"}),
+    "qwen2": Traits(biases="attention inputs", own=ROTARY_KEYS | {"tied_embeddings"}),
+    "qwen3": Traits(query_key_norm=True, own=ROTARY_KEYS | {"tied_embeddings"}),
+    "mixtral": Traits(
+        own=ROTARY_KEYS | {"tied_embeddings", "experts", "experts_per_token", "balance_coefficient"}
+    ),
+    "gpt2": Traits(
+        positions="learned",
+        norm="LayerNorm",
+        activation="gelu_tanh",
+        gated=False,
+        tied=True,
+        biases="all",
+    ),
+    "bert": Traits(
+        objective="masked",
+        positions="learned",
+        norm="LayerNorm",
+        activation="gelu",
+        gated=False,
+        tied=True,
+        biases="all",
+    ),
+    "t5": Traits(
+        objective="spans",
+        positions="relative",
+        activation="gelu_tanh",
+        own=frozenset(
+            {"head_size", "tied_embeddings", "decoder_layers", "relative_buckets"}
+            | {"relative_distance", "gated"}
+        ),
+    ),
 }
-"""The constants of Llama 3's stretch of rotary frequencies (Dubey et al. 2024), but its factor."""
+"""Llama (Touvron et al. 2023), Qwen2 (Yang et al. 2024), Qwen3 (Yang et al. 2025), Mixtral
+(Jiang et al. 2024), GPT-2 (Radford et al. 2019), BERT (Devlin et al. 2019), and T5 in its
+version 1.1 (Raffel et al. 2020; Shazeer 2020), or with ``gated: false`` its first one."""
+
+TOKEN_TYPES = 2
+"""Rows of BERT's table of token types; only the first is used, since samples are not paired."""
 
 
 class Architecture(Settings):
-    """A decoder-only Transformer.
+    """A Transformer of one of ``FAMILIES``; what is left out is as the family has it.
 
-    ``llama``: RMSNorm, rotary positions, SwiGLU, no biases unless asked for, grouped-query
-    attention. ``gpt2``: LayerNorm, learned positions, GELU (tanh), biases everywhere.
+    ``layers`` of t5 are those of its encoder. ``balance_coefficient`` weighs the loss that
+    spreads tokens over experts (Fedus et al. 2022, section 2.2), taken over each sequence.
     """
 
     family: Family = "llama"
     layers: Size
+    decoder_layers: Size | None = None
     hidden_size: Size
     attention_heads: Size
     key_value_heads: Size | None = None
@@ -53,24 +105,40 @@ class Architecture(Settings):
     norm_epsilon: PositiveFloat = 1e-5
     tied_embeddings: bool | None = None
     bias: bool | None = None
+    gated: bool | None = None
     rotary_base: PositiveFloat = 10000.0
     rotary_scaling_factor: PositiveFloat | None = None
+    relative_buckets: Annotated[int, Field(ge=4, le=2**16)] = 32
+    relative_distance: Size = 128
+    experts: PositiveInt | None = None
+    experts_per_token: PositiveInt = 2
+    balance_coefficient: NonNegativeFloat = 0.01
     initial_std: PositiveFloat = 0.02
 
     @property
-    def gated(self) -> bool:
-        """SwiGLU's two input projections instead of one."""
-        return self.family == "llama"
+    def traits(self) -> Traits:
+        """What the family says."""
+        return FAMILIES[self.family]
+
+    @property
+    def gated_ffn(self) -> bool:
+        """Two input projections instead of one, as in SwiGLU."""
+        return self.traits.gated if self.gated is None else self.gated
+
+    @property
+    def activation(self) -> str:
+        """The feed-forward layer's function; T5's first version has ReLU."""
+        return self.traits.activation if self.gated_ffn or self.family != "t5" else "relu"
 
     @property
     def rotary(self) -> bool:
-        """Rotary positions; learned ones otherwise."""
-        return self.family == "llama"
+        """Rotary positions."""
+        return self.traits.positions == "rotary"
 
     @property
     def tied(self) -> bool:
         """The output layer uses the embedding's weights."""
-        return self.family == "gpt2" if self.tied_embeddings is None else self.tied_embeddings
+        return self.traits.tied if self.tied_embeddings is None else self.tied_embeddings
 
     @property
     def groups(self) -> int:
@@ -90,36 +158,86 @@ class Architecture(Settings):
     @property
     def biased(self) -> bool:
         """All linear layers but the output layer have biases."""
-        return self.family == "gpt2" if self.bias is None else self.bias
+        return self.traits.biases == "all" if self.bias is None else self.bias
+
+    @property
+    def query_bias(self) -> bool:
+        """Queries, keys and values have biases."""
+        return self.biased or self.traits.biases == "attention inputs"
+
+    @property
+    def decoders(self) -> int:
+        """Layers of t5's decoder; 0 in all other families."""
+        return (self.decoder_layers or self.layers) if self.family == "t5" else 0
+
+    @property
+    def all_layers(self) -> int:
+        """Layers that a pipeline lays out: an encoder's, then a decoder's."""
+        return self.layers + self.decoders
 
     def parameters(self, vocabulary: int) -> int:
         """The number of parameters, in closed form, without padding."""
         hidden = self.hidden_size
+        norm = hidden * (2 if self.traits.norm == "LayerNorm" else 1)
+        layer = self._attention_parameters() + self._mlp_parameters() + 2 * norm
+        cross = self.decoders * (self._attention_parameters() + norm)
+        tables = vocabulary * hidden * (1 if self.tied else 2)
+        outer = {"learned": self.sequence_length * hidden, "rotary": 0}.get(
+            self.traits.positions, 2 * self.relative_buckets * self.attention_heads
+        )
+        final = {"t5": 2 * norm}.get(self.family, norm)
+        if self.family == "bert":
+            final = norm + hidden * (hidden + 1) + vocabulary  # the head that guesses tokens
+            outer += TOKEN_TYPES * hidden + norm
+        return self.all_layers * layer + cross + tables + outer + final
+
+    def _attention_parameters(self) -> int:
         queries, keys = self.attention_heads * self.head, self.groups * self.head
-        attention = hidden * (queries + 2 * keys) + queries * hidden
-        attention += (queries + 2 * keys + hidden) * self.biased
-        inputs = 2 if self.gated else 1
-        mlp = (inputs + 1) * hidden * self.ffn + (inputs * self.ffn + hidden) * self.biased
-        norm = hidden * (2 if self.family == "gpt2" else 1)
-        positions = 0 if self.rotary else self.sequence_length * hidden
-        embeddings = vocabulary * hidden * (1 if self.tied else 2)
-        return self.layers * (attention + mlp + 2 * norm) + norm + positions + embeddings
+        inputs = queries + 2 * keys
+        weights = self.hidden_size * (inputs + queries)
+        biases = inputs * self.query_bias + self.hidden_size * self.biased
+        return weights + biases + 2 * self.head * self.traits.query_key_norm
 
-    def flops_per_token(self, vocabulary: int, sequence_length: int) -> float:
-        """Model FLOP to train on one token, forward and backward, without recompute.
+    def _mlp_parameters(self) -> int:
+        hidden, inputs = self.hidden_size, 2 if self.gated_ffn else 1
+        one = (inputs + 1) * hidden * self.ffn + (inputs * self.ffn + hidden) * self.biased
+        return self.experts * (one + hidden) if self.experts else one
 
-        6 for every weight of a matrix product, and ``6 * layers * sequence * heads * head``
-        for causal attention's scores and values (half of the full square; Chowdhery et al.
-        2022, appendix B counts the whole).
+    def flops_per_sample(self, vocabulary: int, sequence_length: int, target: int = 0) -> float:
+        """Model FLOP to train on one sample, forward and backward, without recompute.
+
+        6 for every weight of a matrix product that a token passes, and for attention's scores
+        and values ``12 * queries * keys * heads * head``, half of it under a causal mask
+        (Chowdhery et al. 2022, appendix B counts the whole).
+
+        Args:
+            sequence_length: tokens the model reads.
+            target: tokens t5's decoder predicts.
         """
         hidden = self.hidden_size
-        queries, keys = self.attention_heads * self.head, self.groups * self.head
-        weights = hidden * (2 * queries + 2 * keys) + (3 if self.gated else 2) * hidden * self.ffn
-        attention = 6 * self.layers * sequence_length * queries
-        return 6.0 * (self.layers * weights + vocabulary * hidden) + attention
+        width, keys = self.attention_heads * self.head, self.groups * self.head
+        active = self.experts_per_token if self.experts else 1
+        mlp = active * (3 if self.gated_ffn else 2) * hidden * self.ffn
+        inner = hidden * (2 * width + 2 * keys) + mlp
+        outer = vocabulary * hidden + (hidden * hidden if self.family == "bert" else 0)
+        square = 12.0 * width * sequence_length**2
+        if self.traits.objective == "causal":
+            square /= 2
+        if self.family != "t5":
+            return 6.0 * sequence_length * (self.layers * inner + outer) + self.layers * square
+        cross_inputs = 2 * hidden * width
+        decoder = target * (inner + 2 * hidden * width) + sequence_length * cross_inputs
+        scores = 12 * width * (target * target / 2 + target * sequence_length)
+        return (
+            6.0 * sequence_length * self.layers * inner
+            + self.layers * square
+            + self.decoders * (6.0 * decoder + scores)
+            + 6.0 * target * outer
+        )
 
     def problems(self) -> Iterator[Problem]:
         """What cannot be built, at any layout."""
+        yield from self._foreign_keys()
         if self.head_size is None and self.hidden_size % self.attention_heads:
             yield Problem(
                 ("attention_heads",),
@@ -134,8 +252,46 @@ class Architecture(Settings):
             )
         if self.rotary and self.head % 2:
             yield self._odd_head()
-        if self.family == "gpt2":
-            yield from self._gpt2_problems()
+        if self.family == "mixtral":
+            yield from self._expert_problems()
+        if self.relative_distance <= self.relative_buckets // 2:
+            yield Problem(
+                ("relative_distance",),
+                f"{self.relative_distance} is no more than half of relative_buckets "
+                f"{self.relative_buckets}; use at least {self.relative_buckets // 2 + 1}",
+            )
+
+    def _foreign_keys(self) -> Iterator[Problem]:
+        for key in sorted(frozenset().union(*(traits.own for traits in FAMILIES.values()))):
+            given, default = getattr(self, key), type(self).model_fields[key].default
+            if key in self.traits.own or given in (default, self._of_family(key)):
+                continue
+            owners = [name for name, traits in FAMILIES.items() if key in traits.own]
+            yield Problem(
+                (key,),
+                f"{self.family} has no such form; remove it, or use family: {choices(owners)}",
+            )
+
+    def _of_family(self, key: str) -> object:
+        """What a key may say in a family that leaves no choice."""
+        fixed: dict[str, object] = {
+            "key_value_heads": self.attention_heads,
+            "head_size": self.hidden_size / self.attention_heads,
+            "tied_embeddings": self.traits.tied,
+            "bias": self.traits.biases == "all",
+            "gated": self.traits.gated,
+        }
+        return fixed.get(key)
+
+    def _expert_problems(self) -> Iterator[Problem]:
+        if self.experts is None:
+            yield Problem(("experts",), "mixtral needs it; set experts: 8")
+        elif self.experts_per_token > self.experts:
+            yield Problem(
+                ("experts_per_token",),
+                f"{self.experts_per_token} is above experts {self.experts}; "
+                f"use at most {self.experts}",
+            )
 
     def _odd_head(self) -> Problem:
         if self.head_size is not None:
@@ -158,18 +314,6 @@ class Architecture(Settings):
         offered = nearest(fitting, self.attention_heads)
         return f"use {choices(offered)}, or set head_size" if offered else "set head_size"
 
-    def _gpt2_problems(self) -> Iterator[Problem]:
-        fixed = {
-            "key_value_heads": self.groups != self.attention_heads,
-            "head_size": self.head * self.attention_heads != self.hidden_size,
-            "tied_embeddings": not self.tied,
-            "bias": not self.biased,
-            "rotary_scaling_factor": self.rotary_scaling_factor is not None,
-        }
-        for key, differs in fixed.items():
-            if differs:
-                yield Problem((key,), "GPT-2 has no such form; remove it, or use family: llama")
-
     def layout_problems(
         self, layout: Layout, sequence_length: int | None = None
     ) -> Iterator[Problem]:
@@ -177,7 +321,7 @@ class Architecture(Settings):
 
         ``sequence_length`` is that of the training samples, where it is not the model's.
         """
-        yield from layout.stage_problems(self.layers)
+        yield from layout.stage_problems(self.all_layers)
         fitting = divisors(math.gcd(self.attention_heads, self.groups, self.ffn))
         for what, number in (
             ("attention heads", self.attention_heads),
@@ -190,112 +334,22 @@ class Architecture(Settings):
                     f"{layout.tensor} does not divide {number} {what}; "
                     f"use {choices(nearest(fitting, layout.tensor))}",
                 )
-        length = sequence_length or self.sequence_length
-        if layout.sequence and length % layout.tensor:
+        yield from self._expert_layout_problems(layout)
+        yield from layout.length_problems(sequence_length or self.sequence_length)
+
+    def _expert_layout_problems(self, layout: Layout) -> Iterator[Problem]:
+        if layout.expert > 1 and not self.experts:
+            yield Problem(("expert",), f"{self.family} has no experts; remove it")
+        elif self.experts and self.experts % layout.expert:
             yield Problem(
-                ("sequence",),
-                f"tensor {layout.tensor} does not divide sequence_length {length}; "
-                f"use sequence_length {nearest_multiples(length, layout.tensor)}, "
-                "or remove sequence",
+                ("expert",),
+                f"{layout.expert} does not divide {self.experts} experts; "
+                f"use {choices(nearest(divisors(self.experts), layout.expert))}",
             )
+        if self.experts and layout.tensor > 1 and not layout.sequence:
+            yield Problem(("sequence",), "experts at tensor above 1 need it; set sequence: true")
 
     def padded_vocabulary(self, vocabulary: int, tensor: int) -> int:
         """Rows of the embedding table; rows past ``vocabulary`` never take part in a loss."""
         multiple = math.lcm(VOCABULARY_MULTIPLE, tensor)
         return -(-vocabulary // multiple) * multiple
-
-    @classmethod
-    def from_huggingface(cls, folder: Path) -> "Architecture":
-        """Reads ``config.json`` of a Llama or GPT-2 folder, without importing transformers.
-
-        Raises:
-            RecipeError: if the folder holds no such configuration, or one of another family.
-        """
-        config = _huggingface_config(folder)
-        kind = config.get("model_type")
-        if kind not in ("llama", "gpt2"):
-            raise RecipeError(
-                f"{folder}/config.json: model_type {shown(kind)} is not supported; "
-                "give a folder of type llama or gpt2"
-            )
-        read = _llama_settings if kind == "llama" else _gpt2_settings
-        try:
-            return cls(**read(folder, config))
-        except KeyError as error:
-            cause = f"{error.args[0]} is missing"
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            cause = f"{wrong['loc'][0]} cannot be {shown(wrong['input'])}"
-        except (AttributeError, TypeError):
-            cause = "a value is of the wrong type"
-        raise RecipeError(f"{folder}/config.json: {cause}; give a model's own folder")
-
-
-def huggingface_vocabulary(folder: Path) -> int:
-    """The size of a Hugging Face model's vocabulary.
-
-    Raises:
-        RecipeError: if the folder's ``config.json`` does not say.
-    """
-    size = _huggingface_config(folder).get("vocab_size")
-    if not isinstance(size, int):
-        raise RecipeError(f"{folder}/config.json: vocab_size is missing; give a model's folder")
-    return size
-
-
-def _huggingface_config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "is no JSON mapping"
-        raise RecipeError(f"{folder}/config.json: {cause}; give a Hugging Face folder") from None
-
-
-def _llama_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    _require(folder, config, "hidden_act", "silu")
-    _require(folder, config, "mlp_bias", config.get("attention_bias", False))
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3"):
-        raise RecipeError(f"{folder}/config.json: rope_type {kind!r} is not default or llama3")
-    factor = None
-    if kind == "llama3":
-        factor = rope["factor"]
-        for key, value in LLAMA3_ROTARY.items():
-            _require(folder, rope, key, value)
-    return {
-        "family": "llama",
-        "layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "attention_heads": config["num_attention_heads"],
-        "key_value_heads": config.get("num_key_value_heads"),
-        "head_size": config.get("head_dim"),
-        "ffn_size": config["intermediate_size"],
-        "sequence_length": config["max_position_embeddings"],
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "tied_embeddings": config.get("tie_word_embeddings", False),
-        "bias": config.get("attention_bias", False),
-        "rotary_base": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        "rotary_scaling_factor": factor,
-    }
-
-
-def _gpt2_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    _require(folder, config, "activation_function", "gelu_new")
-    return {
-        "family": "gpt2",
-        "layers": config["n_layer"],
-        "hidden_size": config["n_embd"],
-        "attention_heads": config["n_head"],
-        "ffn_size": config.get("n_inner") or 4 * config["n_embd"],
-        "sequence_length": config["n_positions"],
-        "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-    }
-
-
-def _require(folder: Path, config: dict[str, Any], key: str, value: object) -> None:
-    if config.get(key, value) != value:
-        raise RecipeError(
-            f"{folder}/config.json: {key} {shown(config[key])} is not supported; "
-            f"give a folder whose {key} is {shown(value)}"
-        )

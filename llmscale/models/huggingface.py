@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmscale.artifacts import write_json
-from llmscale.models.architecture import LLAMA3_ROTARY, Architecture
-from llmscale.models.megatron import global_parameters
-from llmscale.models.weights import Weight, weight
+from llmscale.models.architecture import Architecture
+from llmscale.models.families.rules import weight_rules
+from llmscale.models.huggingface_config import write_config
+from llmscale.models.megatron import global_parameters, tensor_group
+from llmscale.models.weights import Weight
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,9 +53,9 @@ def describe(
 ) -> Iterable[tuple[torch.nn.Parameter, Weight]]:
     """Each parameter of a chunk with the description of where its numbers come from."""
     tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    padded = architecture.padded_vocabulary(vocabulary, tensor_ranks)
+    rules = weight_rules(architecture, vocabulary, tensor_ranks)
     for name, parameter in global_parameters(chunk):
-        yield parameter, weight(name, architecture, vocabulary, padded)
+        yield parameter, rules.weight(name)
 
 
 @torch.no_grad()
@@ -69,8 +71,6 @@ def fill(
         KeyError: if the folder lacks a tensor.
         ValueError: if a tensor has another shape than the architecture gives it.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
     for chunk in chunks:
         for parameter, description in describe(chunk, architecture, vocabulary):
             if isinstance(source, int):
@@ -82,7 +82,25 @@ def fill(
             ):
                 if tuple(tensor.shape) != shape:
                     raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
-            parameter.copy_(description.form.split(whole, rank, ranks))
+            group = tensor_group(parameter)
+            parameter.copy_(description.form.split(whole, group.rank(), group.size()))
+
+
+@torch.no_grad()
+def whole_tensors(
+    chunks: Iterable[torch.nn.Module], architecture: Architecture, vocabulary: int
+) -> dict[str, Tensor]:
+    """This rank's part of the model by Hugging Face names, joined over its tensor group.
+
+    Every rank of a tensor group calls it, and gets the same. Parts of different pipeline
+    stages and experts do not overlap, but for tied tables.
+    """
+    tensors: dict[str, Tensor] = {}
+    for chunk in chunks:
+        for parameter, description in describe(chunk, architecture, vocabulary):
+            whole = description.form.join(_gathered(parameter))
+            tensors.update(zip(description.names, whole, strict=True))
+    return tensors
 
 
 @torch.no_grad()
@@ -92,98 +110,48 @@ def export(
     vocabulary: int,
     folder: Path,
 ) -> None:
-    """Writes the model as safetensors, each pipeline stage its own file; collective.
+    """Writes the model as safetensors; collective.
 
-    All ranks call it; rank 0 of each tensor group of the first data rank writes. The
-    folder's index and ``config.json`` come from global rank 0.
+    Each pipeline stage, and in it each expert-parallel rank, writes what none before it has.
+    The folder's index and ``config.json`` come from global rank 0.
     """
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    writes = (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_data_parallel_rank() == 0
-    )
-    tensors: dict[str, Tensor] = {}
-    for chunk in chunks:
-        for parameter, description in describe(chunk, architecture, vocabulary):
-            shards = _gathered(parameter, description)
-            if writes:
-                whole = description.form.join(shards)
-                names = zip(description.names, whole, strict=True)
-                tensors.update({name: tensor.cpu().contiguous() for name, tensor in names})
-    if stage == stages - 1 and stages > 1 and architecture.tied:
-        tensors.pop(_embedding_name(architecture), None)
-    file = SINGLE if stages == 1 else f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
-    if writes:
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    sizes = {name: (file, t.numel() * t.element_size()) for name, t in tensors.items() if writes}
+    tensors = {
+        name: tensor.cpu().contiguous()
+        for name, tensor in whole_tensors(chunks, architecture, vocabulary).items()
+    }
+    holders: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(holders, list(tensors))
+    rank = dist.get_rank()
+    before = {name for names in holders[:rank] for name in names}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in before}
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, sizes)
-    if dist.get_rank() == 0:
-        everything = {name: entry for part in gathered for name, entry in part.items()}
-        if stages > 1:
-            total = sum(size for _, size in everything.values())
-            files = {name: file for name, (file, _) in sorted(everything.items())}
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    writers = [number for number, part in enumerate(gathered) if part]
+    files = {
+        number: SINGLE
+        if len(writers) == 1
+        else f"model-{place:05d}-of-{len(writers):05d}.safetensors"
+        for place, number in enumerate(writers, 1)
+    }
+    if tensors:
+        save_file(tensors, folder / files[rank], metadata={"format": "pt"})
+    if rank == 0:
+        if len(writers) > 1:
+            places = {name: files[number] for number in writers for name in gathered[number]}
+            total = sum(size for part in gathered for size in part.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            write_json(folder / INDEX, index)
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        write_json(folder / "config.json", _config(architecture, vocabulary, dtype))
+        write_json(folder / "config.json", write_config(architecture, vocabulary, dtype))
     dist.barrier()
 
 
-def _gathered(parameter: torch.nn.Parameter, description: Weight) -> list[Tensor]:
+def _gathered(parameter: torch.nn.Parameter) -> list[Tensor]:
     """The shards of all tensor-parallel ranks, in order."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return [parameter.detach()]
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group(parameter)
     shards = [torch.empty_like(parameter) for _ in range(group.size())]
     dist.all_gather(shards, parameter.detach().contiguous(), group=group)
     return shards
-
-
-def _embedding_name(architecture: Architecture) -> str:
-    llama = architecture.family == "llama"
-    return "model.embed_tokens.weight" if llama else "transformer.wte.weight"
-
-
-def _config(architecture: Architecture, vocabulary: int, dtype: str) -> dict[str, Any]:
-    """``config.json`` as transformers reads it."""
-    a = architecture
-    shared = {
-        "vocab_size": vocabulary,
-        "dtype": dtype,
-        "initializer_range": a.initial_std,
-        "tie_word_embeddings": a.tied,
-    }
-    if a.family == "gpt2":
-        return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
-            "n_layer": a.layers,
-            "n_embd": a.hidden_size,
-            "n_head": a.attention_heads,
-            "n_inner": a.ffn,
-            "n_positions": a.sequence_length,
-            "layer_norm_epsilon": a.norm_epsilon,
-            "activation_function": "gelu_new",
-            **shared,
-        }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rotary_base}
-    if a.rotary_scaling_factor is not None:
-        rope = {**rope, "rope_type": "llama3", "factor": a.rotary_scaling_factor, **LLAMA3_ROTARY}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": a.layers,
-        "hidden_size": a.hidden_size,
-        "num_attention_heads": a.attention_heads,
-        "num_key_value_heads": a.groups,
-        "head_dim": a.head,
-        "intermediate_size": a.ffn,
-        "max_position_embeddings": a.sequence_length,
-        "rms_norm_eps": a.norm_epsilon,
-        "attention_bias": a.biased,
-        "mlp_bias": a.biased,
-        "hidden_act": "silu",
-        "rope_parameters": rope,
-        **shared,
-    }

@@ -1,7 +1,8 @@
 """An architecture as megatron-core model chunks: what this rank holds of it."""
 
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -29,13 +33,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmscale.models.architecture import Architecture
-from llmscale.models.attention import CausalAttention, transformer_engine_available
+from llmscale.models.attention import CoreAttention, transformer_engine_available
 from llmscale.models.cross_entropy import vocabulary_cross_entropy
 from llmscale.models.norms import Norm
+from llmscale.models.router import BalancedRouter
 from llmscale.parallel.layout import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 TRANSFORMER_ENGINE_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -63,17 +74,19 @@ def transformer_config(
         },
     }
     return TransformerConfig(
-        num_layers=architecture.layers,
+        num_layers=architecture.all_layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.attention_heads,
         num_query_groups=architecture.groups,
         kv_channels=architecture.head,
         ffn_hidden_size=architecture.ffn,
-        normalization="LayerNorm" if architecture.family == "gpt2" else "RMSNorm",
+        normalization=architecture.traits.norm,
         layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=architecture.gated,
-        activation_func=F.silu if architecture.gated else partial(F.gelu, approximate="tanh"),
+        gated_linear_unit=architecture.gated_ffn,
+        activation_func=ACTIVATIONS[architecture.activation],
         add_bias_linear=architecture.biased,
+        add_qkv_bias=architecture.query_bias,
+        qk_layernorm=architecture.traits.query_key_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_left_to_fill,
@@ -88,16 +101,29 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=(
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         ),
-        pipeline_model_parallel_layout=_layer_layout(architecture, layout),
+        pipeline_model_parallel_layout=_layer_layout(layout),
         sequence_parallel=layout.sequence,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        num_moe_experts=architecture.experts,
+        moe_ffn_hidden_size=architecture.ffn if architecture.experts else None,
+        moe_router_topk=architecture.experts_per_token,
+        moe_aux_loss_coeff=architecture.balance_coefficient if architecture.experts else 0.0,
+        moe_router_load_balancing_type="none",  # BalancedRouter adds the loss itself
+        moe_token_dispatcher_type="alltoall",
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=architecture.experts is not None and transformer_engine_available(device),
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=device == "cuda",  # gloo may still be sending them
         # With two stages the next rank is the previous one too: batched messages get mixed up.
         overlap_p2p_comm=layout.virtual_pipeline > 1,
         batch_p2p_comm=layout.virtual_pipeline == 1,
-        bias_activation_fusion=architecture.gated,
+        bias_activation_fusion=architecture.activation == "silu" and not architecture.experts,
         bias_dropout_fusion=device == "cuda",
-        fused_single_qkv_rope=device == "cpu" and architecture.rotary,
+        fused_single_qkv_rope=(
+            device == "cpu" and architecture.rotary and not architecture.traits.query_key_norm
+        ),
         gradient_accumulation_fusion=device == "cpu" or apex_accumulates_gradients(),
         **recomputing[recompute],
     )
@@ -108,7 +134,7 @@ def apex_accumulates_gradients() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def _layer_layout(architecture: Architecture, layout: Layout) -> Any:
+def _layer_layout(layout: Layout) -> Any:
     if layout.layers_per_stage is None:
         return None
     stages = [["decoder"] * count for count in layout.layers_per_stage]
@@ -122,23 +148,30 @@ def _left_to_fill(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def layer_spec(config: TransformerConfig, device: str) -> ModuleSpec:
+def layer_spec(architecture: Architecture, device: str) -> ModuleSpec:
     """Transformer Engine's layer where the machine has it, else megatron-core's own layer
-    with our norm and core attention."""
+    with our norm; the core attention and the router are ours in both."""
     if transformer_engine_available(device):
-        return get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=architecture.experts,
+            moe_grouped_gemm=architecture.experts is not None,
+            qk_layernorm=architecture.traits.query_key_norm,
+        )
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        if architecture.experts:
+            spec.submodules.mlp.submodules.router = BalancedRouter
+        return spec
+    query_key_norm = Norm if architecture.traits.query_key_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=CausalAttention,
+            core_attention=CoreAttention,
             linear_proj=RowParallelLinear,
+            q_layernorm=query_key_norm,
+            k_layernorm=query_key_norm,
         ),
-    )
-    mlp = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -147,10 +180,20 @@ def layer_spec(config: TransformerConfig, device: str) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=mlp,
+            mlp=_mlp_spec(architecture),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=TRANSFORMER_ENGINE_KEYS,
         ),
+    )
+
+
+def _mlp_spec(architecture: Architecture) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if not architecture.experts:
+        return ModuleSpec(module=MLP, submodules=linears)
+    experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+    return ModuleSpec(
+        module=MoELayer, submodules=MoESubmodules(experts=experts, router=BalancedRouter)
     )
 
 
@@ -203,7 +246,7 @@ def _build_chunk(
     device: str,
 ) -> Decoder:
     virtual = stage if layout.virtual_pipeline > 1 else None
-    spec = layer_spec(config, device)
+    spec = layer_spec(architecture, device)
     layers = get_num_layers_to_build(config, vp_stage=virtual)
     submodules = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
@@ -233,12 +276,29 @@ def inner_model(chunk: torch.nn.Module) -> Decoder:
     return chunk
 
 
+def tensor_group(parameter: torch.nn.Parameter) -> Any:
+    """The ranks a parameter is split over: experts are whole on the rank that has them."""
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_tensor_model_parallel_group()
+    return parallel_state.get_expert_tensor_parallel_group()
+
+
+EXPERT_NUMBER = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.linear_fc[12]\.weight)\d+$")
+"""Where a parameter's name counts the experts of this rank, in both forms of experts."""
+
+
 def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """A chunk's parameters, by names that count layers over the whole model."""
+    """A chunk's parameters, by names that count layers and experts over the whole model."""
     model = inner_model(chunk)
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    experts = model.config.num_moe_experts or 0
+    first_expert = parallel_state.get_expert_model_parallel_rank() * (
+        experts // parallel_state.get_expert_model_parallel_world_size()
+    )
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
             name = f"decoder.layers.{int(local) + offset}.{rest}"
+        if experts:
+            name = EXPERT_NUMBER.sub(lambda found: str(int(found[0]) + first_expert), name)
         yield name, parameter

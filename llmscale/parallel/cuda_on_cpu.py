@@ -55,6 +55,8 @@ def cuda_on_cpu() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
                 stack.enter_context(patch.object(module, "torch", stand_in))
+        dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+        stack.enter_context(patch.object(dispatcher, "maybe_move_tensor_to_cpu", _moved_to_cpu))
         stack.enter_context(patch.object(random, "_get_cuda_rng_state", _get_random_state))
         stack.enter_context(patch.object(random, "_set_cuda_rng_state", _set_random_state))
         stack.enter_context(patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor))
@@ -153,6 +155,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def make(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):
             options["device"] = CPU
+        options.pop("pin_memory", None)
         return factory(*arguments, **options)
 
     return make
@@ -174,3 +177,8 @@ def _get_random_state(*_: Any, **__: Any) -> torch.Tensor:
 
 def _set_random_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
+
+
+def _moved_to_cpu(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """How many tokens go where, as the host reads it; megatron-core moves CUDA tensors alone."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

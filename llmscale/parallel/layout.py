@@ -1,5 +1,6 @@
 """The layout of a model over ranks: a few integers and a check."""
 
+import math
 from collections.abc import Iterator
 
 from pydantic import PositiveInt
@@ -10,15 +11,18 @@ from llmscale.settings import Problem, Settings, choices, divisors, nearest, nea
 class Layout(Settings):
     """How many ways each dimension is split.
 
-    ``tensor * pipeline * data`` is the number of ranks. ``virtual_pipeline`` is the number
-    of model chunks each pipeline stage holds (interleaved 1F1B; Narayanan et al. 2021,
+    ``tensor * pipeline * context * data`` is the number of ranks. ``virtual_pipeline`` is the
+    number of model chunks each pipeline stage holds (interleaved 1F1B; Narayanan et al. 2021,
     section 2.2). ``sequence`` splits the activations between tensor-parallel regions along
-    the sequence (Korthikanti et al. 2022).
+    the sequence (Korthikanti et al. 2022). ``context`` splits every sequence over ranks.
+    ``expert`` deals the experts out, each whole, to the ranks of ``tensor * context * data``.
     """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    context: PositiveInt = 1
     data: PositiveInt | None = None
+    expert: PositiveInt = 1
     virtual_pipeline: PositiveInt = 1
     layers_per_stage: tuple[PositiveInt, ...] | None = None
     sequence: bool = False
@@ -26,7 +30,7 @@ class Layout(Settings):
     @property
     def model_ranks(self) -> int:
         """Ranks that together hold one copy of the model."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.context
 
     def data_ranks(self, ranks: int) -> int:
         """Copies of the model among ``ranks`` ranks."""
@@ -34,10 +38,13 @@ class Layout(Settings):
 
     def problems(self, *, ranks: int) -> Iterator[Problem]:
         """What stops this layout on that many ranks, whatever the model."""
+        degrees = f"tensor {self.tensor} x pipeline {self.pipeline}"
+        if self.context > 1:
+            degrees += f" x context {self.context}"
         if self.data is not None and self.model_ranks * self.data != ranks:
             yield Problem(
                 ("data",),
-                f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data} is "
+                f"{degrees} x data {self.data} is "
                 f"{self.model_ranks * self.data} ranks, but cluster.nodes x "
                 f"cluster.ranks_per_node is {ranks}; use {self._other_data(ranks)}"
                 f"{self.model_ranks * self.data} ranks",
@@ -45,9 +52,15 @@ class Layout(Settings):
         elif ranks % self.model_ranks:
             yield Problem(
                 ("tensor",),
-                f"tensor {self.tensor} x pipeline {self.pipeline} = {self.model_ranks} does not "
+                f"{degrees} = {self.model_ranks} does not "
                 f"divide the {ranks} ranks of the cluster; use "
                 f"{nearest_multiples(ranks, self.model_ranks)} ranks",
+            )
+        elif (sharing := ranks // self.pipeline) % self.expert:
+            yield Problem(
+                ("expert",),
+                f"{self.expert} does not divide the {sharing} ranks of a pipeline stage; "
+                f"use {choices(nearest(divisors(sharing), self.expert))}",
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             yield Problem(
@@ -58,6 +71,25 @@ class Layout(Settings):
 
     def _other_data(self, ranks: int) -> str:
         return "" if ranks % self.model_ranks else f"data {ranks // self.model_ranks}, or "
+
+    def length_problems(self, length: int) -> Iterator[Problem]:
+        """What stops samples of ``length`` tokens from being split."""
+        pieces = 2 * self.context if self.context > 1 else 1
+        if length % pieces:
+            yield Problem(
+                ("context",),
+                f"2 x context {self.context} does not divide sequence_length {length}; "
+                f"use sequence_length {nearest_multiples(length, pieces)}",
+            )
+        elif self.sequence and length // self.context % self.tensor:
+            parts = math.lcm(pieces, self.context * self.tensor)
+            of = f"tensor {self.tensor}" + (f" x context {self.context}" if pieces > 1 else "")
+            yield Problem(
+                ("sequence",),
+                f"{of} does not divide sequence_length {length}; "
+                f"use sequence_length {nearest_multiples(length, parts)}, "
+                "or remove sequence",
+            )
 
     def stage_problems(self, layers: int) -> Iterator[Problem]:
         """What stops the layers from being laid out over the pipeline."""

@@ -81,6 +81,9 @@ def process_groups(layout: Layout, seed: int) -> Iterator[None]:
         virtual_pipeline_model_parallel_size=(
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         ),
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

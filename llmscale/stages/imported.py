@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 
 from llmscale.artifacts import COMPLETE, checksum, damage, mark_complete, new_folder
 from llmscale.errors import RecipeError
-from llmscale.models.architecture import Architecture, huggingface_vocabulary
 from llmscale.models.huggingface import HuggingFaceWeights, fill
+from llmscale.models.huggingface_config import read_architecture, read_vocabulary
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.world import joined_world, process_groups
 from llmscale.training.checkpoint import model_state, set_weights
@@ -33,8 +33,8 @@ def import_huggingface(source: Path, target: Path) -> int:
     Raises:
         RecipeError: if the folder is not a Llama or GPT-2 model in safetensors.
     """
-    architecture = Architecture.from_huggingface(source)
-    vocabulary = huggingface_vocabulary(source)
+    architecture = read_architecture(source)
+    vocabulary = read_vocabulary(source)
     try:
         weights = HuggingFaceWeights(source)
     except (FileNotFoundError, SafetensorError) as error:

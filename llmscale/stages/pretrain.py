@@ -10,6 +10,7 @@ from llmscale.artifacts import folder_fingerprint
 from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
+from llmscale.models.huggingface_config import read_architecture
 from llmscale.parallel.layout import Layout
 from llmscale.settings import NOT_IDENTITY, Problem, under
 from llmscale.stages.base import (
@@ -36,7 +37,8 @@ class Pretrain(Stage):
     """``kind: pretrain``. Gives ``checkpoints/`` and, of the best one, ``hf/``.
 
     ``start_from`` is a Hugging Face folder, or what ``llmscale import`` made of one; the
-    architecture then is the folder's, and ``model`` is left out.
+    architecture then is the folder's, and ``model`` is left out. ``separate_documents``
+    keeps documents packed into one sample from seeing each other.
     """
 
     kind: Literal["pretrain"]
@@ -45,6 +47,7 @@ class Pretrain(Stage):
     model: Architecture | None = None
     start_from: RecipePath | None = None
     sequence_length: PositiveInt | None = None
+    separate_documents: bool = False
     parallel: Annotated[Layout, NOT_IDENTITY] = Layout()
     batch: Batch
     optimizer: Optimizer
@@ -69,7 +72,7 @@ class Pretrain(Stage):
         """
         if self.model is not None:
             return self.model
-        return Architecture.from_huggingface(Path(str(self.start_from)))
+        return read_architecture(Path(str(self.start_from)))
 
     @property
     def window(self) -> int:

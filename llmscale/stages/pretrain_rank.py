@@ -13,7 +13,7 @@ from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
 from llmscale.stages.imported import is_import, load_imported
 from llmscale.stages.pretrain import Pretrain
-from llmscale.stages.tokens import ABOUT, token_samples
+from llmscale.stages.tokens import ABOUT, objective, token_samples
 from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState
 from llmscale.training.log import TrainingLog
 from llmscale.training.loop import Trainer
@@ -64,6 +64,7 @@ def pretrain(stage: Pretrain, workspace: Workspace) -> None:
         assert samples is not None, "make_tokens refuses a training split that is too short"
         trainer = Trainer(
             engine=engine,
+            objective=objective(stage, workspace),
             samples=samples,
             validation=token_samples(stage, workspace, "validation"),
             validation_samples=stage.validation.samples,
@@ -126,7 +127,9 @@ def _log(
             workspace.progress,
             steps=stage.steps,
             resumed_step=state.step,
-            flops_per_token=engine.architecture.flops_per_token(engine.vocabulary, stage.window),
+            flops_per_token=(
+                engine.architecture.flops_per_sample(engine.vocabulary, stage.window) / stage.window
+            ),
             peak_flops=peak,
         )
     dist.barrier()

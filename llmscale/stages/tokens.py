@@ -8,9 +8,10 @@ from llmscale.data.samples import Samples
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.data.tokens import TokenStream, write_tokens
 from llmscale.errors import RecipeError
-from llmscale.models.architecture import huggingface_vocabulary
+from llmscale.models.huggingface_config import read_vocabulary
 from llmscale.stages.base import Workspace
 from llmscale.stages.pretrain import Pretrain
+from llmscale.training.objectives import Causal, Objective
 
 ABOUT = "tokens.json"
 
@@ -58,7 +59,7 @@ def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
     """The model's vocabulary: the tokenizer's, or that of the model the stage starts from."""
     if stage.start_from is None:
         return tokenizer_size
-    size = huggingface_vocabulary(Path(stage.start_from))
+    size = read_vocabulary(Path(stage.start_from))
     if tokenizer_size > size:
         raise RecipeError(
             f"the tokenizer has {tokenizer_size} tokens, more than the {size} of "
@@ -74,3 +75,9 @@ def token_samples(stage: Pretrain, workspace: Workspace, split: str) -> Samples 
         return None
     stream = TokenStream(workspace.folder.path / "tokens" / split)
     return Samples(stream, stage.window, workspace.seed)
+
+
+def objective(stage: Pretrain, workspace: Workspace) -> Objective:
+    """What the stage's model learns to predict."""
+    about = read_json(workspace.folder.path / "tokens" / ABOUT)
+    return Causal(about["end_of_text"] if stage.separate_documents else None)

@@ -10,10 +10,11 @@ from megatron.core import parallel_state
 
 from llmscale.data.samples import Samples, rank_places
 from llmscale.errors import Interrupted, StageError
+from llmscale.training.batches import TokenBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.log import TrainingLog
 from llmscale.training.megatron_engine import MegatronEngine, StepResult
-from llmscale.training.objectives import CausalBatch, causal_batch
+from llmscale.training.objectives import Objective
 from llmscale.training.schedule import learning_rate
 from llmscale.training.settings import Batch, Checkpointing, Health
 from llmscale.training.signals import StopRequest
@@ -26,6 +27,7 @@ class Trainer:
     """One rank's part of training a model."""
 
     engine: MegatronEngine
+    objective: Objective
     samples: Samples
     validation: Samples | None
     validation_samples: int
@@ -56,7 +58,7 @@ class Trainer:
                 state,
                 step=state.step + 1,
                 consumed_samples=state.consumed_samples + self.batch.global_,
-                tokens=state.tokens + result.tokens,
+                tokens=state.tokens + self._tokens_read,
             )
             self._log_step(state, result)
             self.checkpoints.poll()
@@ -78,8 +80,16 @@ class Trainer:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_ranks=parallel_state.get_data_parallel_world_size(),
         )
-        batches = [causal_batch(self.samples.shuffled(p), self.engine.device) for p in places]
+        batches = [
+            self.objective.batch(self.samples.shuffled(own), own, self.engine.device)
+            for own in places
+        ]
         return self.engine.train_step(batches, self._learning_rate(state.step))
+
+    @property
+    def _tokens_read(self) -> int:
+        """Tokens of text in a global batch, whether they are predicted or not."""
+        return self.batch.global_ * self.samples.sequence_length
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.steps, self.engine.settings)
@@ -88,7 +98,7 @@ class Trainer:
         if self.log is not None:
             self.log.step(
                 state.step,
-                result.tokens,
+                self._tokens_read,
                 state.tokens,
                 loss=result.loss,
                 learning_rate=self._learning_rate(state.step - 1),
@@ -145,9 +155,10 @@ class Trainer:
         total, tokens = self.engine.evaluate(batches)
         return total / tokens
 
-    def _validation_batch(self, samples: Samples, numbers: range, count: int) -> CausalBatch:
+    def _validation_batch(self, samples: Samples, numbers: range, count: int) -> TokenBatch:
         """Numbers past the last sample only fill the micro-batch up; their tokens do not count."""
-        windows = np.stack([samples.window(min(number, count - 1)) for number in numbers])
-        batch = causal_batch(windows, self.engine.device)
-        counts = torch.tensor([[number < count] for number in numbers], device=self.engine.device)
-        return replace(batch, mask_bs=batch.mask_bs * counts)
+        present = [min(number, count - 1) for number in numbers]
+        windows = np.stack([samples.window(number) for number in present])
+        batch = self.objective.batch(windows, present, self.engine.device)
+        counts = torch.tensor([number < count for number in numbers], device=self.engine.device)
+        return batch.counting(counts)

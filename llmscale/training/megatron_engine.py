@@ -19,9 +19,11 @@ from torch import Tensor
 
 from llmscale.models.architecture import Architecture
 from llmscale.models.megatron import DTYPES, build_chunks, inner_model
+from llmscale.parallel.context import whole_sequence
 from llmscale.parallel.layout import Layout
 from llmscale.training import adam_state
-from llmscale.training.objectives import CausalBatch, causal_loss, tokens_alone
+from llmscale.training.batches import TokenBatch
+from llmscale.training.objectives import masked_sum
 from llmscale.training.settings import Optimizer, Precision, Recompute
 
 INITIAL_LOSS_SCALE, LOWEST_LOSS_SCALE = 2.0**16, 1.0
@@ -89,7 +91,7 @@ class MegatronEngine:
             adam_state.prepare(self._optimizer)
         return self._optimizer
 
-    def train_step(self, batches: list[CausalBatch], learning_rate: float) -> StepResult:
+    def train_step(self, batches: list[TokenBatch], learning_rate: float) -> StepResult:
         """Forward, backward and, if loss and gradients are finite, the update; collective.
 
         Args:
@@ -120,7 +122,7 @@ class MegatronEngine:
                 )
 
     @torch.no_grad()
-    def evaluate(self, batches: list[CausalBatch]) -> tuple[float, int]:
+    def evaluate(self, batches: list[TokenBatch]) -> tuple[float, int]:
         """The summed loss and token count of a global batch, on every rank; collective."""
         for chunk in self.chunks:
             chunk.eval()
@@ -129,18 +131,24 @@ class MegatronEngine:
             chunk.train()
         return result
 
-    def _run(self, batches: list[CausalBatch], forward_only: bool) -> tuple[float, int]:
-        micro_batch, length = batches[0].tokens_bs.shape
-        parts = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=_one_each(batches, len(self.chunks)),
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+    def _run(self, batches: list[TokenBatch], forward_only: bool) -> tuple[float, int]:
+        return self._total(self._pass(_forward_step, batches, forward_only=forward_only))
+
+    def _pass(self, step: Any, batches: list[TokenBatch], **options: Any) -> Any:
+        """The micro-batches through all stages, by the layout's schedule."""
+        rank = parallel_state.get_context_parallel_rank()
+        own = [batch.part(rank, self.layout.context) for batch in batches]
+        iterators = [iter(own) for _ in self.chunks]
+        several = len(self.chunks) > 1
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=micro_batch,
-            forward_only=forward_only,
+            seq_length=batches[0].length,
+            micro_batch_size=batches[0].samples,
+            **options,
         )
-        return self._total(parts)
 
     def _total(self, parts: Iterable[Tensor]) -> tuple[float, int]:
         """Sums (loss, tokens) over micro-batches and data ranks; known to all ranks.
@@ -154,7 +162,7 @@ class MegatronEngine:
         return float(own[0]), int(own[1])
 
     @torch.no_grad()
-    def logits(self, tokens_bs: Tensor) -> Tensor | None:
+    def logits(self, batch: TokenBatch) -> Tensor | None:
         """Logits ``[b, s, v]`` over the true vocabulary; collective.
 
         Returns:
@@ -162,45 +170,32 @@ class MegatronEngine:
         """
         # The interleaved schedule needs as many micro-batches as there are stages.
         passes = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
-        batches = [tokens_alone(tokens_bs)] * passes
         for chunk in self.chunks:
             chunk.eval()
-        found: list[Tensor] = get_forward_backward_func()(
-            forward_step_func=_logits_step,
-            data_iterator=_one_each(batches, len(self.chunks)),
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=passes,
-            seq_length=tokens_bs.shape[1],
-            micro_batch_size=tokens_bs.shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
+        found: list[Tensor] = self._pass(
+            _logits_step, [batch] * passes, forward_only=True, collect_non_loss_data=True
         )
         if not found:
             return None
-        whole = gather_from_tensor_model_parallel_region(found[0])
-        return whole[..., : self.vocabulary]
+        whole = gather_from_tensor_model_parallel_region(found[0])[..., : self.vocabulary]
+        group = parallel_state.get_context_parallel_group()
+        return whole_sequence(whole.transpose(0, 1), group).transpose(0, 1)
 
 
-def _one_each(batches: list[CausalBatch], chunks: int) -> Any:
-    """The same batches for each model chunk, in the form the schedules ask for."""
-    iterators = [iter(batches) for _ in range(chunks)]
-    return iterators if chunks > 1 else iterators[0]
-
-
-def _logits_step(iterator: Iterator[CausalBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _logits_step(iterator: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    output = model(batch.tokens_bs, batch.positions_bs, None)
+    output = model(**batch.model_inputs())
     return output, lambda logits, non_loss_data: logits
 
 
-def _forward_step(iterator: Iterator[CausalBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(iterator: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    output = model(batch.tokens_bs, batch.positions_bs, None, labels=batch.labels_bs)
+    output = model(**batch.model_inputs(), labels=batch.labels_bs)
     return output, partial(_loss, batch)
 
 
-def _loss(batch: CausalBatch, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    total, tokens = causal_loss(losses_bs, batch)
+def _loss(batch: TokenBatch, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total, tokens = masked_sum(losses_bs, batch.mask_bs)
     return total, tokens, torch.stack([total.detach().double(), tokens.double()])
 
 

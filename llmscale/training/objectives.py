@@ -1,40 +1,65 @@
-"""Objectives: from a model's outputs and a batch to a loss as (sum, count).
+"""Objectives: from samples of tokens to what a model is to predict.
 
 Losses are summed, never averaged, so that any split of a batch gives the same gradient.
 Shape legend: b samples, s sequence length.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llmscale.training.batches import TokenBatch, tokens_alone
+
+
+class Objective(Protocol):
+    """Makes batches of samples; each is a function of the sample and its place alone."""
+
+    def sample_length(self, sequence_length: int) -> int:
+        """Tokens of text that make one sample of the model's sequence length."""
+
+    def batch(self, windows: np.ndarray, places: Sequence[int], device: torch.device) -> TokenBatch:
+        """A batch of windows ``[b, sample_length + 1]`` at these places of the order."""
+
 
 @dataclass(frozen=True)
-class CausalBatch:
-    """Tokens, the next tokens, and which of them count."""
+class Causal:
+    """Every next token is predicted.
 
-    tokens_bs: Tensor
-    labels_bs: Tensor
-    mask_bs: Tensor
-    positions_bs: Tensor
+    Args:
+        document_end: the token that ends a document, if documents packed into one sample are
+            to be kept apart: none sees another, positions begin anew in each, and the
+            first token of one is not predicted from the last of another.
+    """
 
+    document_end: int | None = None
 
-def causal_batch(windows: np.ndarray, device: torch.device) -> CausalBatch:
-    """A batch from windows of ``s + 1`` tokens; every next token counts."""
-    whole = torch.from_numpy(windows).to(device)
-    tokens = whole[:, :-1].contiguous()
-    return replace(tokens_alone(tokens), labels_bs=whole[:, 1:].contiguous())
+    def sample_length(self, sequence_length: int) -> int:
+        return sequence_length
 
-
-def tokens_alone(tokens_bs: Tensor) -> CausalBatch:
-    """A batch to look at, not to learn from: every token is its own label."""
-    positions = torch.arange(tokens_bs.shape[1], device=tokens_bs.device).expand_as(tokens_bs)
-    ones = torch.ones(tokens_bs.shape, dtype=torch.float32, device=tokens_bs.device)
-    return CausalBatch(tokens_bs, tokens_bs, ones, positions)
+    def batch(self, windows: np.ndarray, places: Sequence[int], device: torch.device) -> TokenBatch:
+        whole = torch.from_numpy(windows).to(device)
+        tokens = whole[:, :-1].contiguous()
+        batch = replace(tokens_alone(tokens), labels_bs=whole[:, 1:].contiguous())
+        return batch if self.document_end is None else _apart(batch, self.document_end)
 
 
-def causal_loss(losses_bs: Tensor, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+def _apart(batch: TokenBatch, document_end: int) -> TokenBatch:
+    ends_bs = batch.tokens_bs == document_end
+    starts_bs = torch.zeros_like(ends_bs)
+    starts_bs[:, 1:] = ends_bs[:, :-1]
+    first_bs = torch.where(starts_bs, batch.positions_bs, 0).cummax(1).values
+    return replace(
+        batch,
+        mask_bs=batch.mask_bs * ~ends_bs,
+        positions_bs=batch.positions_bs - first_bs,
+        segments_bs=starts_bs.cumsum(1).int(),
+    )
+
+
+def masked_sum(losses_bs: Tensor, mask_bs: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss and the number of tokens it was summed over."""
-    return (losses_bs.float() * batch.mask_bs).sum(), batch.mask_bs.sum().to(torch.int)
+    return (losses_bs.float() * mask_bs).sum(), mask_bs.sum().to(torch.int)

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tests.ranks import layout_ranks, run_ranks
 from tests.training import programs
@@ -45,6 +52,38 @@ TINY = {
             "original_max_position_embeddings": 8192,
         },
     ),
+    "qwen2": Qwen2Config(
+        vocab_size=301,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": Qwen3Config(
+        vocab_size=301,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ),
+    "mixtral": MixtralConfig(
+        vocab_size=301,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    ),
     "gpt2": GPT2Config(vocab_size=301, n_embd=48, n_layer=4, n_head=6, n_positions=64),
 }
 LAYOUTS: list[dict[str, Any]] = [
@@ -52,6 +91,16 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2},
     {"pipeline": 2, "virtual_pipeline": 2},
     {"tensor": 2, "pipeline": 2, "data": 2},
+    {"context": 2},
+]
+EXPERT_LAYOUTS: list[dict[str, Any]] = [
+    {"expert": 2, "data": 2},
+    {"tensor": 2, "sequence": True, "expert": 2, "data": 2, "pipeline": 2},
+    {"context": 2, "expert": 2},
+]
+CASES = [
+    *((name, layout) for name in TINY if name != "mixtral" for layout in LAYOUTS),
+    *(("mixtral", layout) for layout in [{}, *EXPERT_LAYOUTS]),
 ]
 
 
@@ -71,8 +120,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
 def test_logits_equal_those_of_transformers_and_the_export_is_exact(
     name: str, layout: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -146,10 +194,10 @@ def test_a_real_llama_checkpoint_goes_in_trains_and_comes_out(tmp_path: Path) ->
 
 def test_a_folder_of_an_unknown_family_is_refused_in_one_line(tmp_path: Path) -> None:
     from llmscale.errors import RecipeError
-    from llmscale.models.architecture import Architecture
+    from llmscale.models.huggingface_config import read_architecture
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(
         RecipeError, match="model_type 'mamba' is not supported; give a folder of type llama"
     ):
-        Architecture.from_huggingface(tmp_path)
+        read_architecture(tmp_path)

@@ -25,24 +25,34 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("everything_installed")
 def test_cuda_kernels_are_taken_on_cuda_alone() -> None:
-    assert attention.flash_attention_available("cuda", torch.bfloat16)
+    assert attention.flash_attention("cuda", torch.bfloat16) == "flash_attn_interface"
     assert attention.transformer_engine_available("cuda")
-    assert not attention.flash_attention_available("cuda", torch.float32)
-    assert not attention.flash_attention_available("cpu", torch.bfloat16)
+    assert attention.flash_attention("cuda", torch.float32) is None
+    assert attention.flash_attention("cpu", torch.bfloat16) is None
     assert not attention.transformer_engine_available("cpu")
 
 
 @pytest.mark.usefixtures("everything_installed")
-def test_transformer_engine_is_left_alone_on_gpus_it_does_not_serve(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("capability", "flash"),
+    [
+        ((9, 0), "flash_attn_interface"),
+        ((10, 0), "flash_attn"),
+        ((8, 0), "flash_attn"),
+        ((7, 0), None),
+    ],
+)
+def test_each_gpu_gets_the_kernels_that_serve_it(
+    capability: tuple[int, int], flash: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    assert not attention.transformer_engine_available("cuda")
-    assert not attention.flash_attention_available("cuda", torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert attention.flash_attention("cuda", torch.float16) == flash
+    assert attention.transformer_engine_available("cuda") == (flash is not None)
 
 
-def test_what_is_not_installed_is_not_taken() -> None:
-    assert not attention.flash_attention_available("cuda", torch.bfloat16)
+def test_what_is_not_installed_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert attention.flash_attention("cuda", torch.bfloat16) is None
     assert not attention.transformer_engine_available("cuda")
     assert not megatron.apex_accumulates_gradients()
 

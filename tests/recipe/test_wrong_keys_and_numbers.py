@@ -17,6 +17,7 @@ from llmscale.stages import KINDS
 
 STAGES = {"prepare": "corpus", "evaluate": "evaluation"}
 MAY_BE_ZERO = {
+    "balance_coefficient",
     "seed",
     "validation_fraction",
     "warmup_steps",

@@ -17,6 +17,7 @@ def logits_of_stage(job: Job, rank: int, rendezvous: str) -> None:
 
         from llmscale.artifacts import RunFolder, read_json
         from llmscale.recipe.recipe import read_resolved
+        from llmscale.training.batches import tokens_alone
         from llmscale.training.checkpoint import Checkpoints
         from llmscale.training.megatron_engine import MegatronEngine
 
@@ -28,7 +29,7 @@ def logits_of_stage(job: Job, rank: int, rendezvous: str) -> None:
         checkpoints = Checkpoints(folder.stage("pretrain").checkpoints, 2)
         best = folder.stage("pretrain").manifest()["metrics"]["best_step"]
         checkpoints.load_weights(engine, best)
-        logits = engine.logits(torch.tensor(given["tokens"]))
+        logits = engine.logits(tokens_alone(torch.tensor(given["tokens"])))
         save_file({"logits": logits.contiguous()}, given["file"])
         ranks.answer(job, rank, "done")
 
@@ -44,20 +45,21 @@ def huggingface_round_trip(job: Job, rank: int, rendezvous: str) -> None:
         from safetensors.torch import save_file
 
         from llmscale.data.samples import rank_places
-        from llmscale.models.architecture import Architecture, huggingface_vocabulary
         from llmscale.models.huggingface import HuggingFaceWeights, export, fill
+        from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+        from llmscale.training.batches import tokens_alone
         from llmscale.training.megatron_engine import MegatronEngine
-        from llmscale.training.objectives import causal_batch
+        from llmscale.training.objectives import Causal
         from llmscale.training.settings import Optimizer
 
         source = Path(given["source"])
-        architecture = Architecture.from_huggingface(source)
-        vocabulary = huggingface_vocabulary(source)
+        architecture = read_architecture(source)
+        vocabulary = read_vocabulary(source)
         optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
         engine = MegatronEngine(architecture, vocabulary, layout, optimizer)
         fill(engine.chunks, architecture, vocabulary, HuggingFaceWeights(source))
         tokens = torch.tensor(given["tokens"])
-        logits = engine.logits(tokens)
+        logits = engine.logits(tokens_alone(tokens))
         if logits is not None and given.get("file"):
             last = parallel_state.get_data_parallel_rank() == 0
             if last and parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -74,7 +76,7 @@ def huggingface_round_trip(job: Job, rank: int, rendezvous: str) -> None:
                 data_ranks=parallel_state.get_data_parallel_world_size(),
             )
             windows = [np.array([given["tokens"][0]] * len(p)) for p in places]
-            batches = [causal_batch(window, world.device) for window in windows]
+            batches = [Causal().batch(window, [], world.device) for window in windows]
             losses.append(engine.train_step(batches, 1e-4).loss)
         if losses:
             _export(engine, Path(given["trained"]), world.first, export)
@@ -101,7 +103,7 @@ def nonfinite_step(job: Job, rank: int, rendezvous: str) -> None:
         from llmscale.models.architecture import Architecture
         from llmscale.models.huggingface import fill
         from llmscale.training.megatron_engine import MegatronEngine
-        from llmscale.training.objectives import causal_batch
+        from llmscale.training.objectives import Causal
         from llmscale.training.settings import Optimizer
 
         architecture = Architecture(
@@ -110,7 +112,7 @@ def nonfinite_step(job: Job, rank: int, rendezvous: str) -> None:
         engine = MegatronEngine(architecture, 50, Layout(), Optimizer(learning_rate=1e-2))
         fill(engine.chunks, architecture, 50, 1)
         windows = np.random.default_rng(rank).integers(0, 50, (2, 9))
-        good = causal_batch(windows, world.device)
+        good = Causal().batch(windows, [], world.device)
         bad = replace(good, mask_bs=good.mask_bs * float("nan")) if rank == 0 else good
 
         def weights() -> torch.Tensor:
