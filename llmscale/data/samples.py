@@ -5,18 +5,27 @@ Shape legend: b samples, s sequence length.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from llmscale.data.order import Permutation
-from llmscale.data.tokens import TokenStream
+
+
+class Stream(Protocol):
+    """Tokens one behind the other."""
+
+    def __len__(self) -> int: ...
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """``length`` tokens from ``start`` on, as int64."""
 
 
 @dataclass(frozen=True)
 class Samples:
     """Windows of ``sequence_length + 1`` tokens; neighbours share the one token between."""
 
-    stream: TokenStream
+    stream: Stream
     sequence_length: int
     seed: int
 

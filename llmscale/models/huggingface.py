@@ -50,12 +50,12 @@ class HuggingFaceWeights:
 
 def describe(
     chunk: torch.nn.Module, architecture: Architecture, vocabulary: int
-) -> Iterable[tuple[torch.nn.Parameter, Weight]]:
-    """Each parameter of a chunk with the description of where its numbers come from."""
+) -> Iterable[tuple[str, torch.nn.Parameter, Weight]]:
+    """A chunk's parameters by global name, each with where its numbers come from."""
     tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
     rules = weight_rules(architecture, vocabulary, tensor_ranks)
     for name, parameter in global_parameters(chunk):
-        yield parameter, rules.weight(name)
+        yield name, parameter, rules.weight(name)
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def fill(
         ValueError: if a tensor has another shape than the architecture gives it.
     """
     for chunk in chunks:
-        for parameter, description in describe(chunk, architecture, vocabulary):
+        for _, parameter, description in describe(chunk, architecture, vocabulary):
             if isinstance(source, int):
                 whole = description.initial(source)
             else:
@@ -97,7 +97,7 @@ def whole_tensors(
     """
     tensors: dict[str, Tensor] = {}
     for chunk in chunks:
-        for parameter, description in describe(chunk, architecture, vocabulary):
+        for _, parameter, description in describe(chunk, architecture, vocabulary):
             whole = description.form.join(_gathered(parameter))
             tensors.update(zip(description.names, whole, strict=True))
     return tensors

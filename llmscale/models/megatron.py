@@ -231,10 +231,23 @@ def build_chunks(
         chunk: torch.nn.Module = _build_chunk(
             architecture, vocabulary, layout, config, stage, device
         )
+        _mark_experts(chunk)
         if precision != "fp32":
             chunk = Float16Module(config, chunk)
         chunks.append(chunk.to(device))
     return chunks
+
+
+def _mark_experts(chunk: torch.nn.Module) -> None:
+    """Says that experts' gradients are summed over ranks of their own, at any layout.
+
+    megatron-core says so at expert-parallel degrees above one alone: at one, tensor-parallel
+    ranks would keep gradients of their own part of the sequence, and a checkpoint's optimizer
+    would have another form.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _build_chunk(

@@ -97,11 +97,20 @@ class MegatronEngine:
         Args:
             batches: this data rank's micro-batches of the global batch.
         """
+        loss_sum, tokens = self.backward(batches)
+        return self.update(loss_sum, tokens, learning_rate)
+
+    def backward(self, batches: list[TokenBatch]) -> tuple[float, int]:
+        """Gradients of the global batch, divided by its tokens; the summed loss and tokens."""
         optimizer = self.optimizer
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        loss_sum, tokens = self._run(batches, forward_only=False)
+        return self._run(batches, forward_only=False)
+
+    def update(self, loss_sum: float, tokens: int, learning_rate: float) -> StepResult:
+        """Applies the gradients that ``backward`` left, if all is finite; collective."""
+        optimizer = self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         scale = float(optimizer.get_loss_scale())

@@ -1,0 +1,1 @@
+"""Layouts shown equal to one rank, on the CPU, before a cluster is paid for."""

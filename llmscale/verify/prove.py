@@ -1,0 +1,129 @@
+"""A recipe's layout run on CPU ranks and at one rank, and shown equal number by number."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmscale.artifacts import read_json, write_json
+from llmscale.clusters.base import Job, Task
+from llmscale.clusters.local import Entry, LocalCluster
+from llmscale.errors import RecipeError
+from llmscale.recipe.recipe import Recipe
+from llmscale.stages.pretrain import Pretrain
+from llmscale.verify.proof import Proof, proofs
+from llmscale.verify.rank import LAYOUT, PROOF, REFERENCE, RESUMED, prove_rank
+from llmscale.verify.verdict import LOW_PRECISION_LOSS, Check, curve_checks, tensor_check
+
+
+@dataclass(frozen=True)
+class Proven:
+    """One layout's checks."""
+
+    stage: str
+    proof: Proof
+    checks: tuple[Check, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all checks hold."""
+        return all(check.agrees for check in self.checks)
+
+    def failure(self) -> str:
+        """The first check that does not hold, in one line."""
+        wrong = [check for check in self.checks if not check.agrees]
+        first, tensors = wrong[0], [check for check in wrong if ": " in check.where]
+        told = f"{first.name} differs by {first.worst:.2g} {first.where}".rstrip()
+        if tensors and tensors[0] is not first:
+            told += f"; {tensors[0].name} {tensors[0].where}"
+        return told
+
+
+def training_stages(recipe: Recipe) -> dict[str, Pretrain]:
+    """The stages that have a layout.
+
+    Raises:
+        RecipeError: if there is none.
+    """
+    found = {n: stage for n, stage in recipe.stages.items() if isinstance(stage, Pretrain)}
+    if not found:
+        raise RecipeError(f"{recipe.name}: no stage trains a model; add one of kind pretrain")
+    return found
+
+
+def prove_recipe(
+    recipe: Recipe,
+    *,
+    steps: int,
+    most_ranks: int,
+    on_proof: Callable[[str, Proof], None] = lambda stage, proof: None,
+) -> list[Proven]:
+    """Proves each training stage's layout, at every choice of degrees that fits.
+
+    Raises:
+        RecipeError: if no stage of the recipe trains.
+        StageError: if a rank failed.
+    """
+    found = []
+    for name, stage in training_stages(recipe).items():
+        for proof in proofs(stage, recipe.cluster.ranks, steps=steps, most_ranks=most_ranks):
+            on_proof(name, proof)
+            found.append(prove(name, proof))
+        if stage.precision == "bf16":
+            found[-1] = _with_low_precision(found[-1])
+    return found
+
+
+def prove(stage: str, proof: Proof, entry: Entry = prove_rank) -> Proven:
+    """Runs a proof's tasks and compares; its folder is kept only if a rank failed.
+
+    Raises:
+        StageError: if a rank failed; names it, the cause, and its log.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="llmscale-verify-"))
+    _run(folder, proof, [REFERENCE, LAYOUT, RESUMED], entry)
+    proven = Proven(stage, proof, tuple(checks(folder)))
+    shutil.rmtree(folder)
+    return proven
+
+
+def _run(folder: Path, proof: Proof, tasks: list[str], entry: Entry) -> None:
+    (folder / "proof").mkdir(exist_ok=True)
+    write_json(folder / "proof" / PROOF, proof.model_dump(mode="json", by_alias=True))
+    for task in tasks:
+        ranks = proof.ranks if task == LAYOUT else 1
+        LocalCluster(entry).run(Job(folder, "proof", Task(task, ranks)))
+
+
+def checks(folder: Path) -> list[Check]:
+    """What the finished tasks of a proof in ``folder`` say."""
+    folder = folder / "proof"
+    reference: list[dict[str, Any]] = read_json(folder / REFERENCE / "curves.json")
+    layout, resumed = read_json(folder / "layout.json"), read_json(folder / "resumed.json")
+    found = curve_checks(layout["curves"], reference[:-1])
+    right = all(check.agrees for check in found if check.name != "gradient norm")
+    for name in ("gradient", "parameter"):
+        tensors = [one for one in layout["differences"] if one["what"] == name]
+        found.append(tensor_check(f"{name}s", tensors, right))
+    again = [
+        tensor_check("checkpoint at one rank", resumed["differences"], right),
+        *curve_checks(resumed["curves"], reference[-1:], len(reference)),
+    ]
+    told = next((check for check in again if not check.agrees), again[0])
+    found.append(replace(told, name="checkpoint at one rank"))
+    found.append(tensor_check("Hugging Face export", layout["export"], right))
+    return found
+
+
+def _with_low_precision(proven: Proven) -> Proven:
+    folder = Path(tempfile.mkdtemp(prefix="llmscale-verify-"))
+    proof = proven.proof.model_copy(update={"precision": "bf16"})
+    _run(folder, proof, [REFERENCE, LAYOUT], prove_rank)
+    ours = read_json(folder / "proof" / "layout.json")["curves"]
+    reference = read_json(folder / "proof" / REFERENCE / "curves.json")[:-1]
+    _, loss, _ = curve_checks(ours, reference)
+    shutil.rmtree(folder)
+    check = Check("loss in bf16", loss.worst, LOW_PRECISION_LOSS, "")
+    return Proven(proven.stage, proven.proof, (*proven.checks, check))

@@ -1,0 +1,27 @@
+"""What every rank of a proof runs."""
+
+from pathlib import Path
+
+from llmscale.artifacts import read_json
+from llmscale.clusters.base import Job
+from llmscale.verify.proof import Proof
+
+PROOF = "proof.json"
+REFERENCE, LAYOUT, RESUMED = "reference", "layout", "resumed"
+
+
+def prove_rank(job: Job, rank: int, rendezvous: str) -> None:
+    """One rank of one task of the proof in the job's folder."""
+    import llmscale.quiet  # noqa: F401
+    from llmscale.parallel.world import joined_world
+    from llmscale.verify.runs import resume_at_one_rank, run_layout, run_reference
+
+    folder: Path = job.run_folder / job.stage
+    proof = Proof.model_validate(read_json(folder / PROOF))
+    with joined_world(rank=rank, ranks=job.task.ranks, rendezvous=rendezvous, device="cpu"):
+        if job.task.name == REFERENCE:
+            run_reference(proof, folder / REFERENCE)
+        elif job.task.name == LAYOUT:
+            run_layout(proof, folder / REFERENCE, folder)
+        else:
+            resume_at_one_rank(proof, folder / REFERENCE, folder)

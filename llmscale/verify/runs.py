@@ -1,0 +1,195 @@
+"""What the ranks of a proof do: the reference at one rank, the layout, and what it left."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+
+from llmscale.artifacts import read_json, write_json
+from llmscale.data.samples import Samples, rank_places
+from llmscale.models.huggingface import export, fill
+from llmscale.parallel.world import process_groups
+from llmscale.training.batches import TokenBatch
+from llmscale.training.checkpoint import Checkpoints, TrainingState
+from llmscale.training.megatron_engine import MegatronEngine
+from llmscale.training.objectives import Causal
+from llmscale.verify.differences import (
+    Difference,
+    complete_gradients,
+    differences,
+    gradient_value,
+    parameter_value,
+    whole_values,
+)
+from llmscale.verify.proof import Proof
+
+DOCUMENT_END = 0
+MEAN_DOCUMENT = 12
+"""Tokens; so that a sample holds several documents, and ends within one."""
+CURVES = "curves.json"
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """A corpus of random tokens, the same on every rank."""
+
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """``length`` tokens from ``start`` on."""
+        return self.tokens[start : start + length]
+
+
+def _samples(proof: Proof) -> Samples:
+    length = proof.model.sequence_length
+    size = proof.batch.global_ * (proof.steps + 1) * length + 1
+    random = np.random.default_rng(proof.seed)
+    tokens = random.integers(1, proof.vocabulary, size)
+    tokens[random.random(size) < 1 / MEAN_DOCUMENT] = DOCUMENT_END
+    return Samples(RandomTokens(tokens), length, proof.seed)
+
+
+def _batches(proof: Proof, samples: Samples, step: int) -> list[TokenBatch]:
+    objective = Causal(DOCUMENT_END if proof.separate_documents else None)
+    places = rank_places(
+        consumed=step * proof.batch.global_,
+        global_batch=proof.batch.global_,
+        micro_batch=proof.batch.micro,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_ranks=parallel_state.get_data_parallel_world_size(),
+    )
+    device = torch.device("cpu")
+    return [objective.batch(samples.shuffled(own), own, device) for own in places]
+
+
+@contextmanager
+def _engine(proof: Proof) -> Iterator[MegatronEngine]:
+    with process_groups(proof.parallel, proof.seed):
+        engine = MegatronEngine(
+            proof.model,
+            proof.vocabulary,
+            proof.parallel,
+            proof.optimizer,
+            precision=proof.precision,
+            recompute=proof.recompute,
+        )
+        yield engine
+
+
+def _curve(loss_sum: float, tokens: int, norm: float) -> dict[str, float]:
+    return {"loss": loss_sum / max(tokens, 1), "tokens": tokens, "gradient_norm": norm}
+
+
+def _tensors(folder: Path, step: int, what: str) -> Path:
+    return folder / f"{what}-{step}.safetensors"
+
+
+def run_reference(proof: Proof, folder: Path) -> None:
+    """Trains at one rank; leaves curves, and after each step gradients and parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples, curves = _samples(proof), []
+    with _engine(proof.at_one_rank()) as engine:
+        fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
+        for step in range(proof.steps + 1):
+            if step == proof.steps:
+                _export(engine, folder / "hf")
+            loss_sum, tokens = engine.backward(_batches(proof.at_one_rank(), samples, step))
+            gradients = whole_values(engine, gradient_value)
+            result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+            save_file(gradients, _tensors(folder, step + 1, "gradient"))
+            parameters = whole_values(engine, parameter_value)
+            save_file(parameters, _tensors(folder, step + 1, "parameter"))
+            curves.append(_curve(loss_sum, tokens, result.gradient_norm))
+    write_json(folder / CURVES, curves)
+
+
+def run_layout(proof: Proof, reference: Path, folder: Path) -> None:
+    """Trains at the layout and compares; leaves curves, differences, a checkpoint, an export."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    samples, curves = _samples(proof), []
+    found: list[Difference] = []
+    with _engine(proof) as engine:
+        fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
+        for step in range(proof.steps):
+            loss_sum, tokens = engine.backward(_batches(proof, samples, step))
+            complete_gradients(engine)
+            found += _compared(engine, reference, step + 1, "gradient")
+            result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+            found += _compared(engine, reference, step + 1, "parameter")
+            curves.append(_curve(loss_sum, tokens, result.gradient_norm))
+        consumed = proof.steps * proof.batch.global_
+        state = TrainingState(step=proof.steps, consumed_samples=consumed)
+        Checkpoints(folder / "checkpoints", keep=1).save(engine, state)
+        _export(engine, folder / "hf")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [asdict(difference) for difference in found])
+    if dist.get_rank() == 0:
+        export_found = _exports_apart(reference / "hf", folder / "hf", proof.steps)
+        answer = {
+            "curves": curves,
+            "differences": [difference for part in everyone for difference in part],
+            "export": [asdict(difference) for difference in export_found],
+        }
+        write_json(folder / "layout.json", answer)
+    dist.barrier()
+
+
+def resume_at_one_rank(proof: Proof, reference: Path, folder: Path) -> None:
+    """Loads the layout's checkpoint at one rank, compares, and takes one step more."""
+    samples = _samples(proof)
+    alone = proof.at_one_rank().model_copy(update={"optimizer": proof.optimizer})
+    with _engine(alone) as engine:
+        state = Checkpoints(folder / "checkpoints", keep=1).load(engine, proof.steps)
+        found = _compared(engine, reference, state.step, "parameter")
+        batches = _batches(alone, samples, state.step)
+        loss_sum, tokens = engine.backward(batches)
+        result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+        found += _compared(engine, reference, state.step + 1, "parameter")
+        curve = _curve(loss_sum, tokens, result.gradient_norm)
+    answer = {"curves": [curve], "differences": [asdict(difference) for difference in found]}
+    write_json(folder / "resumed.json", answer)
+
+
+def _compared(engine: MegatronEngine, reference: Path, step: int, what: str) -> list[Difference]:
+    expected = load_file(_tensors(reference, step, what))
+    value = gradient_value if what == "gradient" else parameter_value
+    return differences(engine, expected, value, step, what)
+
+
+def _export(engine: MegatronEngine, folder: Path) -> None:
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    export(engine.chunks, engine.architecture, engine.vocabulary, folder)
+
+
+def _exports_apart(expected: Path, folder: Path, step: int) -> list[Difference]:
+    """Two Hugging Face folders, tensor by tensor; one that is missing is infinitely far."""
+    ours, theirs = _whole_folder(folder), _whole_folder(expected)
+    found = []
+    for name in sorted({*ours, *theirs}):
+        if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
+            apart = float((ours[name] - theirs[name]).abs().max())
+        else:
+            apart = float("inf")
+        scale = float(theirs[name].abs().max()) if name in theirs else 0.0
+        found.append(Difference(step, 0, "export", name, 0, "", apart, scale))
+    if read_json(folder / "config.json") != read_json(expected / "config.json"):
+        found.append(Difference(step, 0, "export", "config.json", 0, "", float("inf"), 0.0))
+    return found
+
+
+def _whole_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}

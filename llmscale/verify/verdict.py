@@ -1,0 +1,103 @@
+"""From what the ranks of a proof found to one answer: do they agree, and if not, where first."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LOSS, GRADIENT_NORM = 1e-5, 1e-4
+"""Relative."""
+PARAMETER = 1e-5
+"""Absolute, after some AdamW steps of 1e-3."""
+GRADIENT, GRADIENT_FLOOR = 1e-4, 2e-6
+"""Of a tensor's largest gradient, and of the largest one of all tensors."""
+LOW_PRECISION_LOSS = 1e-2
+"""Relative; bf16 has 8 bits."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table: the worst difference, what is allowed, and where it is."""
+
+    name: str
+    worst: float
+    allowed: float
+    where: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the worst difference is allowed."""
+        return self.worst <= self.allowed
+
+
+def curve_checks(
+    ours: Sequence[Mapping[str, float]], reference: Sequence[Mapping[str, float]], first: int = 1
+) -> list[Check]:
+    """Tokens, loss and gradient norm of each step."""
+    return [
+        _curve_check("tokens counted", "tokens", ours, reference, 0.0, first),
+        _curve_check("loss", "loss", ours, reference, LOSS, first),
+        _curve_check("gradient norm", "gradient_norm", ours, reference, GRADIENT_NORM, first),
+    ]
+
+
+def _curve_check(
+    name: str,
+    key: str,
+    ours: Sequence[Mapping[str, float]],
+    reference: Sequence[Mapping[str, float]],
+    allowed: float,
+    first: int,
+) -> Check:
+    apart = [
+        _relative(mine[key], theirs[key]) for mine, theirs in zip(ours, reference, strict=True)
+    ]
+    wrong = next((step for step, value in enumerate(apart) if value > allowed), None)
+    where = "" if wrong is None else f"from step {wrong + first} on"
+    return Check(name, max(apart), allowed, where)
+
+
+def _relative(ours: float | None, reference: float | None) -> float:
+    if ours is None or reference is None or not math.isfinite(ours):
+        return math.inf
+    return abs(ours - reference) / max(abs(reference), 1e-30)
+
+
+def tensor_check(name: str, found: Iterable[Mapping[str, Any]], loss_agrees: bool) -> Check:
+    """The worst of some tensors, and which is to blame.
+
+    Gradients flow from the output to the input: where the loss is right, the wrong tensor
+    nearest to the output is the first; where it is wrong, all are, and the farthest is told.
+    """
+    found = list(found)
+    allowed = GRADIENT if name == "gradients" else PARAMETER
+    excess = [(_excess(one, found), one) for one in found]
+    worst = max((value for value, _ in excess), default=0.0)
+    wrong = [(value, one) for value, one in excess if value > allowed]
+    if not wrong:
+        return Check(name, worst, allowed)
+    step = min(one["step"] for _, one in wrong)
+    first = sorted(
+        ((value, one) for value, one in wrong if one["step"] == step),
+        key=lambda pair: pair[1]["position"],
+    )
+    pick = first[-1] if loss_agrees else max(first, key=lambda pair: pair[0])
+    blamed = _same_tensor_worst(pick[1], first)
+    place = f", {blamed['place']} (rank {blamed['rank']})" if blamed["place"] else ""
+    return Check(name, worst, allowed, f"from step {step} on: {blamed['tensor']}{place}")
+
+
+def _excess(one: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> float:
+    """A gradient's difference is measured against its tensor, other differences as they are."""
+    difference = one["difference"] if one["difference"] is not None else math.inf
+    if one["what"] != "gradient":
+        return float(difference)
+    largest = max(other["scale"] for other in found if other["step"] == one["step"])
+    return float(difference / max(one["scale"], GRADIENT_FLOOR / GRADIENT * largest, 1e-30))
+
+
+def _same_tensor_worst(
+    pick: Mapping[str, Any], wrong: Sequence[tuple[float, Mapping[str, Any]]]
+) -> Mapping[str, Any]:
+    same = [pair for pair in wrong if pair[1]["tensor"] == pick["tensor"]]
+    return max(same, key=lambda pair: pair[0])[1]
