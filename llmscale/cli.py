@@ -81,6 +81,28 @@ def show(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
+def verify(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps to compare.")] = 3,
+    ranks: Annotated[int, typer.Option(help="CPU ranks at most: 8 or 16.")] = 8,
+    exact_rank: Annotated[
+        int | None, typer.Option(help="Build this rank at its true size instead.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a recipe's layout equal to one rank, scaled down to this machine's CPU."""
+    from llmscale.verify import command
+
+    console, wanted = _console(as_json), overrides or []
+    if exact_rank is not None:
+        _answer(as_json, command.verify_exact_rank(recipe, wanted, exact_rank, console))
+    else:
+        answer = command.verify(recipe, wanted, steps=steps, ranks=ranks, console=console)
+        _answer(as_json, answer)
+
+
+@app.command()
 def schema(as_json: Json = False) -> None:
     """Print the JSON Schema of recipes."""
     from llmscale.recipe.recipe import json_schema
@@ -268,7 +290,7 @@ def _one_line_errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except LlmscaleError as error:
-        _fail(as_json, str(error), error.exit_code)
+        _fail(as_json, str(error), error.exit_code, error.answer)
     except typer.Abort:
         _fail(as_json, "interrupted", 130)
     except KeyboardInterrupt:
@@ -281,9 +303,9 @@ def _one_line_errors(as_json: bool) -> Iterator[None]:
         _fail(as_json, f"{where}{error.strerror or error}; free or mend it and run again", 4)
 
 
-def _fail(as_json: bool, line: str, code: int) -> None:
+def _fail(as_json: bool, line: str, code: int, answer: dict[str, Any] | None = None) -> None:
     sys.stderr.write(" ".join(line.split()) + "\n")
-    _answer(as_json, {"error": line, "exit_code": code})
+    _answer(as_json, {"error": line, "exit_code": code, **(answer or {})})
     sys.exit(code)
 
 

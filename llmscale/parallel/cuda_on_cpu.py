@@ -40,8 +40,11 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
-def cuda_on_cpu() -> Iterator[None]:
+def cuda_on_cpu(device: torch.device = CPU) -> Iterator[None]:
     """Lets megatron-core run on the CPU for as long as the context lasts.
+
+    Args:
+        device: where it is to put tensors; on the meta device it builds models of any size.
 
     Raises:
         MachineError: if the installed megatron-core is not a version this was tested with.
@@ -49,7 +52,7 @@ def cuda_on_cpu() -> Iterator[None]:
     _check_version()
     for wanted in MODULES:
         importlib.import_module(wanted)
-    stand_in = _torch_without_cuda()
+    stand_in = _torch_without_cuda(device)
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
@@ -75,25 +78,25 @@ def _check_version() -> None:
         )
 
 
-def _torch_without_cuda() -> types.ModuleType:
+def _torch_without_cuda(device: torch.device) -> types.ModuleType:
     """A module that is ``torch`` but for the names that would touch CUDA."""
     stand_in = types.ModuleType("torch")
     stand_in.__dict__.update(torch.__dict__)
     stand_in.__dict__["__getattr__"] = lambda name: getattr(torch, name)
     for name in FACTORIES:
-        setattr(stand_in, name, _on_cpu(getattr(torch, name)))
-    stand_in.cuda = _cuda_namespace()  # type: ignore[attr-defined]
+        setattr(stand_in, name, _on_device(getattr(torch, name), device))
+    stand_in.cuda = _cuda_namespace(device)  # type: ignore[attr-defined]
     stand_in.autocast = (  # type: ignore[attr-defined]
         lambda device_type, **options: torch.autocast("cpu", **options)
     )
     return stand_in
 
 
-def _cuda_namespace() -> types.ModuleType:
+def _cuda_namespace(device: torch.device) -> types.ModuleType:
     cuda = types.ModuleType("torch.cuda")
     cuda.__dict__.update(torch.cuda.__dict__)
     answers: dict[str, Any] = {
-        "current_device": lambda: CPU,
+        "current_device": lambda: device,
         "current_stream": _Stream,
         "default_stream": _Stream,
         "device_count": lambda: 1,
@@ -151,10 +154,10 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+def _on_device(factory: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     def make(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):
-            options["device"] = CPU
+            options["device"] = device
         options.pop("pin_memory", None)
         return factory(*arguments, **options)
 

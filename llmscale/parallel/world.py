@@ -1,10 +1,12 @@
 """Joining the world and making megatron-core's process groups from the layout."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -68,6 +70,34 @@ def joined_world(
         stack.callback(dist.destroy_process_group)
         where = torch.device("cpu") if device == "cpu" else torch.device("cuda")
         yield World(rank, ranks, where)
+
+
+@contextmanager
+def imagined_world(rank: int, ranks: int) -> Iterator[None]:
+    """One rank of a world that is not there: groups of any size, no communication, no memory.
+
+    Models are built on the meta device within it. Groups without this rank, tens of thousands
+    in a large world, are not made.
+    """
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from llmscale.parallel.cuda_on_cpu import cuda_on_cpu
+
+    create_group = parallel_state.create_group
+
+    def create_own_group(ranks: Sequence[int], *arguments: Any, **options: Any) -> Any:
+        return create_group(ranks, *arguments, **options) if rank in ranks else None
+
+    with (
+        cuda_on_cpu(torch.device("meta")),
+        patch.object(parallel_state, "create_group", create_own_group),
+    ):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from llmscale.artifacts import read_json, write_json
 from llmscale.clusters.base import Job, Task
 from llmscale.clusters.local import Entry, LocalCluster
-from llmscale.errors import RecipeError
+from llmscale.errors import RecipeError, StageError
 from llmscale.recipe.recipe import Recipe
 from llmscale.stages.pretrain import Pretrain
 from llmscale.verify.proof import Proof, proofs
@@ -82,11 +83,22 @@ def prove(stage: str, proof: Proof, entry: Entry = prove_rank) -> Proven:
     Raises:
         StageError: if a rank failed; names it, the cause, and its log.
     """
+    with _folder() as folder:
+        _run(folder, proof, [REFERENCE, LAYOUT, RESUMED], entry)
+        return Proven(stage, proof, tuple(checks(folder)))
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="llmscale-verify-"))
-    _run(folder, proof, [REFERENCE, LAYOUT, RESUMED], entry)
-    proven = Proven(stage, proof, tuple(checks(folder)))
-    shutil.rmtree(folder)
-    return proven
+    try:
+        yield folder
+    except StageError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(folder: Path, proof: Proof, tasks: list[str], entry: Entry) -> None:
@@ -118,12 +130,11 @@ def checks(folder: Path) -> list[Check]:
 
 
 def _with_low_precision(proven: Proven) -> Proven:
-    folder = Path(tempfile.mkdtemp(prefix="llmscale-verify-"))
     proof = proven.proof.model_copy(update={"precision": "bf16"})
-    _run(folder, proof, [REFERENCE, LAYOUT], prove_rank)
-    ours = read_json(folder / "proof" / "layout.json")["curves"]
-    reference = read_json(folder / "proof" / REFERENCE / "curves.json")[:-1]
+    with _folder() as folder:
+        _run(folder, proof, [REFERENCE, LAYOUT], prove_rank)
+        ours = read_json(folder / "proof" / "layout.json")["curves"]
+        reference = read_json(folder / "proof" / REFERENCE / "curves.json")[:-1]
     _, loss, _ = curve_checks(ours, reference)
-    shutil.rmtree(folder)
-    check = Check("loss in bf16", loss.worst, LOW_PRECISION_LOSS, "")
-    return Proven(proven.stage, proven.proof, (*proven.checks, check))
+    check = Check("loss in bf16", loss.worst, LOW_PRECISION_LOSS)
+    return replace(proven, checks=(*proven.checks, check))

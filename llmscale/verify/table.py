@@ -1,13 +1,18 @@
 """A proof as a table for people and as plain data for programs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from llmscale.verify.proof import Proof
 from llmscale.verify.prove import Proven
+
+if TYPE_CHECKING:
+    from llmscale.verify.exact import ExactRank
+
+GIBIBYTE = 2**30
 
 
 def layout_in_words(proof: Proof) -> str:
@@ -62,4 +67,65 @@ def plain(proven: Sequence[Proven]) -> dict[str, Any]:
             }
             for one in proven
         ],
+    }
+
+
+def show_exact(console: Console, exact: "ExactRank") -> None:
+    """Prints what a rank holds, and how many parameters each pipeline stage has."""
+    place = ", ".join(f"{name} {number}" for name, number in exact.place.items())
+    console.print(f"rank {exact.rank} of {exact.ranks:,}: {place}")
+    table = Table("tensor", "shape", "type", "split over", "copies")
+    for tensor in exact.own.tensors:
+        shape = " x ".join(str(size) for size in tensor.shape)
+        table.add_row(tensor.name, shape, tensor.dtype, str(tensor.parts), str(tensor.copies))
+    console.print(table)
+    sizes = {
+        "weights": exact.weight_bytes,
+        "gradients": exact.gradient_bytes,
+        "optimizer": exact.optimizer_bytes,
+    }
+    console.print(", ".join(f"{name} {size / GIBIBYTE:.2f} GiB" for name, size in sizes.items()))
+    stages = Table("stage", "layers", "parameters a rank")
+    for held in exact.stages:
+        stages.add_row(str(held.number), _ranges(held.layers), f"{held.parameters:,}")
+    console.print(stages)
+    console.print(
+        f"all stages: {exact.total_parameters:,} parameters without padding and copies; "
+        f"the architecture has {exact.expected_parameters:,}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-5, 96-101``"""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in found)
+
+
+def plain_exact(exact: "ExactRank") -> dict[str, Any]:
+    """The same as data."""
+    stages = [
+        {"stage": s.number, "layers": list(s.layers), "parameters": s.parameters}
+        for s in exact.stages
+    ]
+    tensors = [
+        {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "split": t.parts}
+        | {"copies": t.copies}
+        for t in exact.own.tensors
+    ]
+    return {
+        "rank": exact.rank,
+        "ranks": exact.ranks,
+        "place": exact.place,
+        "weight_bytes": exact.weight_bytes,
+        "gradient_bytes": exact.gradient_bytes,
+        "optimizer_bytes": exact.optimizer_bytes,
+        "total_parameters": exact.total_parameters,
+        "expected_parameters": exact.expected_parameters,
+        "tensors": tensors,
+        "stages": stages,
     }
