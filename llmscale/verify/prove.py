@@ -115,17 +115,17 @@ def checks(folder: Path) -> list[Check]:
     reference: list[dict[str, Any]] = read_json(folder / REFERENCE / "curves.json")
     layout, resumed = read_json(folder / "layout.json"), read_json(folder / "resumed.json")
     found = curve_checks(layout["curves"], reference[:-1])
-    right = all(check.agrees for check in found if check.name != "gradient norm")
+    wrong_from = min((c.step for c in found[:2] if c.step is not None), default=None)
     for name in ("gradient", "parameter"):
         tensors = [one for one in layout["differences"] if one["what"] == name]
-        found.append(tensor_check(f"{name}s", tensors, right))
+        found.append(tensor_check(f"{name}s", tensors, wrong_from))
     again = [
-        tensor_check("checkpoint at one rank", resumed["differences"], right),
+        tensor_check("checkpoint at one rank", resumed["differences"], wrong_from),
         *curve_checks(resumed["curves"], reference[-1:], len(reference)),
     ]
     told = next((check for check in again if not check.agrees), again[0])
     found.append(replace(told, name="checkpoint at one rank"))
-    found.append(tensor_check("Hugging Face export", layout["export"], right))
+    found.append(tensor_check("Hugging Face export", layout["export"], wrong_from))
     return found
 
 

@@ -23,6 +23,8 @@ class Check:
     worst: float
     allowed: float
     where: str = ""
+    step: int | None = None
+    """The first step that differs."""
 
     @property
     def agrees(self) -> bool:
@@ -53,8 +55,9 @@ def _curve_check(
         _relative(mine[key], theirs[key]) for mine, theirs in zip(ours, reference, strict=True)
     ]
     wrong = next((step for step, value in enumerate(apart) if value > allowed), None)
-    where = "" if wrong is None else f"from step {wrong + first} on"
-    return Check(name, max(apart), allowed, where)
+    if wrong is None:
+        return Check(name, max(apart), allowed)
+    return Check(name, max(apart), allowed, f"from step {wrong + first} on", wrong + first)
 
 
 def _relative(ours: float | None, reference: float | None) -> float:
@@ -63,11 +66,13 @@ def _relative(ours: float | None, reference: float | None) -> float:
     return abs(ours - reference) / max(abs(reference), 1e-30)
 
 
-def tensor_check(name: str, found: Iterable[Mapping[str, Any]], loss_agrees: bool) -> Check:
+def tensor_check(
+    name: str, found: Iterable[Mapping[str, Any]], wrong_loss_from: int | None
+) -> Check:
     """The worst of some tensors, and which is to blame.
 
-    Gradients flow from the output to the input: where the loss is right, the wrong tensor
-    nearest to the output is the first; where it is wrong, all are, and the farthest is told.
+    Gradients flow from the output to the input: while the loss is right, the wrong tensor
+    nearest to the output is the first; once it is wrong, all are, and the farthest is told.
     """
     found = list(found)
     allowed = GRADIENT if name == "gradients" else PARAMETER
@@ -81,10 +86,11 @@ def tensor_check(name: str, found: Iterable[Mapping[str, Any]], loss_agrees: boo
         ((value, one) for value, one in wrong if one["step"] == step),
         key=lambda pair: pair[1]["position"],
     )
-    pick = first[-1] if loss_agrees else max(first, key=lambda pair: pair[0])
+    right_loss = wrong_loss_from is None or step < wrong_loss_from
+    pick = first[-1] if right_loss else max(first, key=lambda pair: pair[0])
     blamed = _same_tensor_worst(pick[1], first)
     place = f", {blamed['place']} (rank {blamed['rank']})" if blamed["place"] else ""
-    return Check(name, worst, allowed, f"from step {step} on: {blamed['tensor']}{place}")
+    return Check(name, worst, allowed, f"from step {step} on: {blamed['tensor']}{place}", step)
 
 
 def _excess(one: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> float:
