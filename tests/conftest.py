@@ -11,6 +11,12 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-layouts", action="store_true", help="prove every layout, not every fifth"
+    )
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose corpus and tokenizer stages are finished."""

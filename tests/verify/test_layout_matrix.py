@@ -1,0 +1,121 @@
+"""Every parallel form, all pairs of them and several triples equal one rank, in each family."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmscale.verify.proof import Proof
+from llmscale.verify.verdict import Check
+from tests.verify.cases import proof, run_proofs
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama", "key_value_heads": 2},
+    "gpt2": {"family": "gpt2"},
+    "mixtral": {"family": "mixtral", "experts": 4, "key_value_heads": 2},
+}
+
+FORMS: dict[str, dict[str, Any]] = {
+    "tensor": {"parallel": {"tensor": 2}},
+    "sequence": {"parallel": {"tensor": 2, "sequence": True}},
+    "pipeline": {"parallel": {"pipeline": 2}},
+    "interleaved": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+    "uneven": {"parallel": {"pipeline": 2, "layers_per_stage": [1, 3]}},
+    "context": {"parallel": {"context": 2}},
+    "data": {"parallel": {"data": 2}},
+    "distributed": {"parallel": {"data": 2}, "optimizer": {"distributed": True}},
+    "recompute": {"recompute": "full"},
+    "selective": {"recompute": "selective"},
+}
+EXCLUSIVE = [
+    {"tensor", "sequence"},
+    {"pipeline", "interleaved", "uneven"},
+    {"data", "distributed"},
+    {"recompute", "selective"},
+]
+TRIPLES = [
+    ("tensor", "pipeline", "data"),
+    ("sequence", "interleaved", "distributed"),
+    ("sequence", "context", "distributed"),
+    ("sequence", "uneven", "context"),
+    ("interleaved", "context", "distributed"),
+    ("sequence", "interleaved", "distributed", "recompute"),
+    ("context", "uneven", "data", "selective"),
+]
+EXPERT_LAYOUTS = [
+    ("data",),
+    ("distributed",),
+    ("sequence",),
+    ("context",),
+    ("sequence", "distributed"),
+    ("context", "distributed"),
+    ("interleaved", "distributed"),
+    ("sequence", "uneven", "data"),
+    ("sequence", "context", "distributed", "recompute"),
+]
+"""Where experts are dealt out to two ranks besides."""
+SAMPLE = 5
+"""By default every fifth case runs; ``--all-layouts`` runs them all."""
+
+
+def merged(forms: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    """The settings of several forms together."""
+    settings: dict[str, Any] = {"parallel": dict(more), "optimizer": {}}
+    for form in forms:
+        for key, value in FORMS[form].items():
+            settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    interleaved_or_not = 4 if settings["parallel"].get("pipeline") else 2
+    return {**settings, "micro_batches": interleaved_or_not}
+
+
+def compatible(forms: tuple[str, ...]) -> bool:
+    return not any(len(exclusive & set(forms)) > 1 for exclusive in EXCLUSIVE)
+
+
+def every_case() -> dict[str, Proof]:
+    singles = [(form,) for form in FORMS]
+    pairs = [pair for pair in combinations(FORMS, 2) if compatible(pair)]
+    cases = {}
+    for family, model in MODELS.items():
+        layouts = [*singles, *pairs, *TRIPLES]
+        if family == "mixtral":
+            layouts = [forms for forms in layouts if "tensor" not in forms]
+        for forms in layouts:
+            cases[f"{family}: {' x '.join(forms)}"] = proof(model, **merged(forms))
+    for forms in EXPERT_LAYOUTS:
+        name = f"mixtral: {' x '.join(forms)} x expert"
+        cases[name] = proof(MODELS["mixtral"], **merged(forms, expert=2))
+    return cases
+
+
+CASES = every_case()
+
+
+@pytest.fixture(scope="module")
+def chosen(request: pytest.FixtureRequest) -> list[str]:
+    whole = request.config.getoption("--all-layouts")
+    return list(CASES) if whole else list(CASES)[::SAMPLE]
+
+
+@pytest.fixture(scope="module")
+def found(chosen: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Check]]:
+    folder: Path = tmp_path_factory.mktemp("matrix")
+    return run_proofs({name: CASES[name] for name in chosen}, folder)
+
+
+def test_the_matrix_has_forty_layouts_in_three_families_and_more() -> None:
+    for family in MODELS:
+        assert sum(name.startswith(f"{family}:") for name in CASES) >= 40
+    assert max(one.ranks for one in CASES.values()) == 8
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_layout_equals_one_rank(
+    name: str, chosen: list[str], found: dict[str, list[Check]]
+) -> None:
+    if name not in chosen:
+        pytest.skip("run by --all-layouts")
+    assert [check for check in found[name] if not check.agrees] == []
