@@ -11,37 +11,42 @@ Algorithm = Literal["bpe", "wordpiece", "unigram"]
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 UNKNOWN = "<|unknown|>"
+MASK = "<|mask|>"
 SPECIAL_TOKENS = [END_OF_TEXT, PADDING]
 
 
-def train_tokenizer(texts: Iterator[str], algorithm: Algorithm, vocabulary_size: int) -> Any:
+def train_tokenizer(
+    texts: Iterator[str], algorithm: Algorithm, vocabulary_size: int, mask_token: bool = False
+) -> Any:
     """Trains a tokenizer; returns it as a ``transformers`` fast tokenizer.
 
     BPE and Unigram work on bytes, so every text can be written and read back exactly.
-    The end of a text and padding are distinct tokens (0 and 1).
+    The end of a text and padding are distinct tokens (0 and 1). ``mask_token`` adds one that
+    stands for tokens to be guessed.
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer, trainer = _parts(algorithm, vocabulary_size)
+    more = {"unk_token": UNKNOWN} if algorithm == "wordpiece" else {}
+    if mask_token:
+        more["mask_token"] = MASK
+    tokenizer, trainer = _parts(algorithm, vocabulary_size, [*SPECIAL_TOKENS, *more.values()])
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    unknown = {"unk_token": UNKNOWN} if algorithm == "wordpiece" else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         clean_up_tokenization_spaces=False,
-        **unknown,
+        **more,
     )
 
 
-def _parts(algorithm: Algorithm, size: int) -> tuple[Tokenizer, Any]:
+def _parts(algorithm: Algorithm, size: int, special: list[str]) -> tuple[Tokenizer, Any]:
     if algorithm == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        special = [*SPECIAL_TOKENS, UNKNOWN]
         return tokenizer, trainers.WordPieceTrainer(
             vocab_size=size, special_tokens=special, show_progress=False
         )
@@ -50,7 +55,7 @@ def _parts(algorithm: Algorithm, size: int) -> tuple[Tokenizer, Any]:
         tokenizer = Tokenizer(models.BPE())
         trainer: Any = trainers.BpeTrainer(
             vocab_size=size,
-            special_tokens=SPECIAL_TOKENS,
+            special_tokens=special,
             initial_alphabet=alphabet,
             show_progress=False,
         )
@@ -58,7 +63,7 @@ def _parts(algorithm: Algorithm, size: int) -> tuple[Tokenizer, Any]:
         tokenizer = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(
             vocab_size=size,
-            special_tokens=SPECIAL_TOKENS,
+            special_tokens=special,
             initial_alphabet=alphabet,
             show_progress=False,
         )

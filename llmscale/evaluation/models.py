@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
+from llmscale.models.architecture import FAMILIES
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
@@ -16,9 +17,13 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     Raises:
         RecipeError: if the folder does not hold both.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        traits = FAMILIES.get(config.model_type)
+        if traits is not None and traits.objective == "masked":
+            raise ValueError(f"{config.model_type} guesses masked tokens and writes no text")
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
         )

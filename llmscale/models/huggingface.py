@@ -42,10 +42,19 @@ class HuggingFaceWeights:
         self._files = {name: folder / file for name, file in files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._files and name.startswith("transformer."):
-            name = name.removeprefix("transformer.")
+        if name not in self._files:
+            name = _former_name(name)
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+
+def _former_name(name: str) -> str:
+    """What GPT-2's and BERT's own first folders call a tensor."""
+    name = name.removeprefix("transformer.")
+    norms = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for now, then in norms.items():
+        name = name.replace(now, then)
+    return name
 
 
 def describe(

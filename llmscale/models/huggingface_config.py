@@ -225,6 +225,7 @@ def _bert(a: Architecture) -> Config:
         "layer_norm_eps": a.norm_epsilon,
         "initializer_range": a.initial_std,
         "hidden_act": "gelu",
+        "pad_token_id": None,
     }
 
 

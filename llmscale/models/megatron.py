@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -34,7 +33,8 @@ from torch.nn import functional as F
 
 from llmscale.models.architecture import Architecture
 from llmscale.models.attention import CoreAttention, transformer_engine_available
-from llmscale.models.cross_entropy import vocabulary_cross_entropy
+from llmscale.models.encoder import Encoder, MaskedHead, encoder_layer_spec
+from llmscale.models.language_model import LanguageModel
 from llmscale.models.norms import Norm
 from llmscale.models.router import BalancedRouter
 from llmscale.parallel.layout import Layout
@@ -197,25 +197,6 @@ def _mlp_spec(architecture: Architecture) -> ModuleSpec:
     )
 
 
-class Decoder(GPTModel):
-    """megatron-core's GPT model whose padding rows of the vocabulary never get probability."""
-
-    def __init__(self, *arguments: Any, true_vocabulary: int, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.true_vocabulary = true_vocabulary
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy a token, ``[b, s]``, over the true vocabulary."""
-        losses_sb = vocabulary_cross_entropy(
-            logits,
-            labels.transpose(0, 1),
-            true_vocabulary=self.true_vocabulary,
-            rank=parallel_state.get_tensor_model_parallel_rank(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-        return losses_sb.transpose(0, 1)
-
-
 def build_chunks(
     architecture: Architecture,
     vocabulary: int,
@@ -257,14 +238,16 @@ def _build_chunk(
     config: TransformerConfig,
     stage: int,
     device: str,
-) -> Decoder:
+) -> LanguageModel:
     virtual = stage if layout.virtual_pipeline > 1 else None
-    spec = layer_spec(architecture, device)
+    masked = architecture.traits.objective == "masked"
+    spec = encoder_layer_spec() if masked else layer_spec(architecture, device)
+    model, head = (Encoder, MaskedHead) if masked else (LanguageModel, Norm)
     layers = get_num_layers_to_build(config, vp_stage=virtual)
-    submodules = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+    submodules = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=head)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
-    return Decoder(
+    return model(
         config=config,
         transformer_layer_spec=submodules,
         vocab_size=architecture.padded_vocabulary(vocabulary, layout.tensor),
@@ -282,9 +265,9 @@ def _build_chunk(
     )
 
 
-def inner_model(chunk: torch.nn.Module) -> Decoder:
+def inner_model(chunk: torch.nn.Module) -> LanguageModel:
     """The model within its data-parallel and precision wrappers."""
-    while not isinstance(chunk, Decoder):
+    while not isinstance(chunk, LanguageModel):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk
 

@@ -49,9 +49,9 @@ class Vocabulary:
     padded_rows: int
 
     def split(self, whole: Sequence[Tensor], rank: int, ranks: int) -> Tensor:
-        missing = self.padded_rows - self.rows
-        padded = torch.nn.functional.pad(whole[0], (0, 0, 0, missing))
-        return padded.chunk(ranks, 0)[rank]
+        table = whole[0]
+        missing = table.new_zeros(self.padded_rows - self.rows, *table.shape[1:])
+        return torch.cat([table, missing]).chunk(ranks, 0)[rank]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [torch.cat(list(shards), 0)[: self.rows]]

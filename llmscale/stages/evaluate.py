@@ -66,8 +66,21 @@ class Evaluate(Stage):
     def problems(self, view: RecipeView) -> Iterator[Problem]:
         if self.perplexity is None and self.samples is None:
             yield Problem((), "measures nothing; add perplexity or samples")
+        if self._guesses_masked_tokens(view):
+            yield Problem(
+                ("model",),
+                f"{self.model} guesses masked tokens, so it has no perplexity and writes no text; "
+                f"remove this stage: {self.model} itself tells its validation loss",
+            )
         if self.perplexity is not None:
             yield from self._perplexity_problems(self.perplexity, view)
+
+    def _guesses_masked_tokens(self, view: RecipeView) -> bool:
+        stage = view.stages.get(self.model)
+        try:
+            return getattr(stage, "masked", False)
+        except RecipeError:
+            return False  # the stage says itself what is wrong with its model
 
     def _perplexity_problems(self, perplexity: Perplexity, view: RecipeView) -> Iterator[Problem]:
         if (perplexity.split is None) == (perplexity.text is None):

@@ -1,4 +1,4 @@
-"""Pretraining a decoder on a tokenized corpus, at any layout."""
+"""Pretraining a model on a tokenized corpus, at any layout."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,6 +75,11 @@ class Pretrain(Stage):
         return read_architecture(Path(str(self.start_from)))
 
     @property
+    def masked(self) -> bool:
+        """Whether the model guesses masked tokens, not the next one."""
+        return self.architecture().traits.objective == "masked"
+
+    @property
     def window(self) -> int:
         """Tokens a training sample predicts."""
         return self.sequence_length or self.architecture().sequence_length
@@ -88,6 +93,12 @@ class Pretrain(Stage):
             yield Problem((key,), str(error))
             return
         yield from under("model", architecture.problems())
+        if self.masked and not getattr(view.stages.get(self.tokenizer), "mask_token", True):
+            yield Problem(
+                ("tokenizer",),
+                f"{self.tokenizer} has no mask token, which {architecture.family} needs; "
+                f"set stages.{self.tokenizer}.mask_token: true",
+            )
         misfits = [
             *architecture.layout_problems(layout, self.sequence_length),
             *layout.problems(ranks=ranks),

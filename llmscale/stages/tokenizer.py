@@ -14,22 +14,25 @@ BYTE_ALPHABET = 256
 
 
 class Tokenizer(Stage):
-    """``kind: tokenizer``."""
+    """``kind: tokenizer``. ``mask_token`` adds the token that models of family bert need."""
 
     kind: Literal["tokenizer"]
     corpus: str
     algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     vocabulary_size: int = Field(ge=64, le=2**20)
+    mask_token: bool = False
 
     product: ClassVar[str] = "tokenizer"
     links: ClassVar[Mapping[str, Link]] = {"corpus": Link(("prepare",))}
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
-        smallest = BYTE_ALPHABET + 2
+        special = 2 + self.mask_token
+        smallest = BYTE_ALPHABET + special
         if self.algorithm != "wordpiece" and self.vocabulary_size < smallest:
             yield Problem(
                 ("vocabulary_size",),
-                f"{self.vocabulary_size} is below the {BYTE_ALPHABET} bytes and 2 special tokens; "
+                f"{self.vocabulary_size} is below the {BYTE_ALPHABET} bytes and {special} special "
+                f"tokens; "
                 f"use at least {smallest}",
             )
 
@@ -39,7 +42,7 @@ class Tokenizer(Stage):
         corpus = workspace.inputs["corpus"]
         workspace.progress.update(0, 1, "tokenizer", "learning merges")
         tokenizer = train_tokenizer(
-            read_split(corpus, "train"), self.algorithm, self.vocabulary_size
+            read_split(corpus, "train"), self.algorithm, self.vocabulary_size, self.mask_token
         )
         with new_folder(workspace.folder.path / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)

@@ -11,7 +11,7 @@ from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
 from llmscale.stages.base import Workspace
 from llmscale.stages.pretrain import Pretrain
-from llmscale.training.objectives import Causal, Objective
+from llmscale.training.objectives import Causal, Masked, Objective
 
 ABOUT = "tokens.json"
 
@@ -20,12 +20,18 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
     """Writes ``tokens/train`` and ``tokens/validation`` (.bin, .idx) and what they are.
 
     Raises:
-        RecipeError: if the training split is too short for one sample.
+        RecipeError: if the training split is too short for one sample, or the tokenizer
+            lacks a token that the model's objective needs.
     """
     folder = workspace.folder.path / "tokens"
     if (folder / ABOUT).exists():
         return
     tokenizer = load_tokenizer(workspace.inputs["tokenizer"])
+    if stage.masked and tokenizer.mask_token_id is None:
+        raise RecipeError(
+            f"{workspace.inputs['tokenizer']}: the tokenizer has no mask token, which "
+            f"{stage.architecture().family} needs; give a folder whose tokenizer has one"
+        )
     documents = {
         split: sum(1 for _ in read_split(workspace.inputs["corpus"], split)) for split in SPLITS
     }
@@ -43,7 +49,10 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
             before += documents[split]
         about = {
             "vocabulary": _vocabulary(stage, len(tokenizer)),
+            "tokenizer_size": len(tokenizer),
             "end_of_text": tokenizer.eos_token_id,
+            "mask_token": tokenizer.mask_token_id,
+            "special_tokens": tokenizer.all_special_ids,
             **counts,
         }
         if counts["train"] <= stage.window:
@@ -80,4 +89,13 @@ def token_samples(stage: Pretrain, workspace: Workspace, split: str) -> Samples 
 def objective(stage: Pretrain, workspace: Workspace) -> Objective:
     """What the stage's model learns to predict."""
     about = read_json(workspace.folder.path / "tokens" / ABOUT)
-    return Causal(about["end_of_text"] if stage.separate_documents else None)
+    document_end = about["end_of_text"] if stage.separate_documents else None
+    if not stage.masked:
+        return Causal(document_end)
+    return Masked(
+        seed=workspace.seed,
+        vocabulary=about["tokenizer_size"],
+        mask_token=about["mask_token"],
+        special_tokens=tuple(about["special_tokens"]),
+        document_end=document_end,
+    )

@@ -6,6 +6,7 @@ Shape legend: b samples, s sequence length.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from llmscale.training.batches import TokenBatch, tokens_alone
+
+MASKED_SHARE, REPLACED_BY_MASK, KEPT = 0.15, 0.8, 0.1
 
 
 class Objective(Protocol):
@@ -45,6 +48,60 @@ class Causal:
         tokens = whole[:, :-1].contiguous()
         batch = replace(tokens_alone(tokens), labels_bs=whole[:, 1:].contiguous())
         return batch if self.document_end is None else _apart(batch, self.document_end)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Some tokens of each sample are to be guessed (Devlin et al. 2019, section 3.1).
+
+    Of a sample's ordinary tokens 15% are chosen, at least one; of these, in the mean, 80%
+    become the mask token, 10% a random ordinary token, and 10% stay.
+
+    Args:
+        seed: of the choice, together with the sample's place.
+        vocabulary: tokens of the tokenizer; the random ones are among them.
+        special_tokens: tokens that are never chosen nor put in.
+        document_end: the token that ends a document, if documents are to be kept apart, as
+            in ``Causal``.
+    """
+
+    seed: int
+    vocabulary: int
+    mask_token: int
+    special_tokens: tuple[int, ...]
+    document_end: int | None = None
+
+    def sample_length(self, sequence_length: int) -> int:
+        return sequence_length
+
+    def batch(self, windows: np.ndarray, places: Sequence[int], device: torch.device) -> TokenBatch:
+        labels = np.ascontiguousarray(windows[:, :-1])
+        tokens, chosen = labels.copy(), np.zeros(labels.shape, np.float32)
+        for row, place in enumerate(places):
+            self._mask(tokens[row], chosen[row], np.random.default_rng((self.seed, place)))
+        batch = replace(
+            tokens_alone(torch.from_numpy(tokens).to(device)),
+            labels_bs=torch.from_numpy(labels).to(device),
+            mask_bs=torch.from_numpy(chosen).to(device),
+        )
+        return batch if self.document_end is None else _apart(batch, self.document_end)
+
+    def _mask(
+        self, tokens_s: np.ndarray, chosen_s: np.ndarray, random: np.random.Generator
+    ) -> None:
+        """Replaces tokens of one sample, and writes down which were chosen."""
+        ordinary = np.flatnonzero(~np.isin(tokens_s, self.special_tokens))
+        count = min(len(ordinary), max(1, round(MASKED_SHARE * len(ordinary))))
+        places = random.permutation(ordinary)[:count]
+        lot = random.random(count)
+        changed = places[(lot >= REPLACED_BY_MASK) & (lot < 1 - KEPT)]
+        chosen_s[places] = 1
+        tokens_s[places[lot < REPLACED_BY_MASK]] = self.mask_token
+        tokens_s[changed] = random.choice(self._ordinary_tokens, len(changed))
+
+    @cached_property
+    def _ordinary_tokens(self) -> np.ndarray:
+        return np.setdiff1d(np.arange(self.vocabulary), self.special_tokens)
 
 
 def _apart(batch: TokenBatch, document_end: int) -> TokenBatch:

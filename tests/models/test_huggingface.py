@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -85,6 +87,14 @@ TINY = {
         max_position_embeddings=64,
     ),
     "gpt2": GPT2Config(vocab_size=301, n_embd=48, n_layer=4, n_head=6, n_positions=64),
+    "bert": BertConfig(
+        vocab_size=301,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=64,
+    ),
 }
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -101,13 +111,19 @@ EXPERT_LAYOUTS: list[dict[str, Any]] = [
 CASES = [
     *((name, layout) for name in TINY if name != "mixtral" for layout in LAYOUTS),
     *(("mixtral", layout) for layout in [{}, *EXPERT_LAYOUTS]),
+    ("bert", {"tensor": 2, "sequence": True, "pipeline": 2, "data": 2}),
 ]
+
+
+def loader(config: Any) -> Any:
+    """The class that gives a model of this configuration its output layer."""
+    return AutoModelForMaskedLM if config.model_type == "bert" else AutoModelForCausalLM
 
 
 def saved(folder: Path, config: Any) -> Any:
     """A model with random weights, biases and norms, in a folder."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = loader(config).from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -143,7 +159,10 @@ def test_logits_equal_those_of_transformers_and_the_export_is_exact(
     before, after = tensors(tmp_path / "in"), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[n].equal(after[n]) for n in before)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    loaded, found = loader(model.config).from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found.values()), found
     with torch.no_grad():
         assert loaded(tokens).logits.equal(expected)
 

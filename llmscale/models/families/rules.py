@@ -2,6 +2,7 @@
 
 from llmscale.models.architecture import Architecture
 from llmscale.models.families.base import Rules
+from llmscale.models.families.bert import Bert
 from llmscale.models.families.gpt2 import Gpt2
 from llmscale.models.families.llama import Llama
 
@@ -11,6 +12,7 @@ FAMILIES: dict[str, type[Rules]] = {
     "qwen3": Llama,
     "mixtral": Llama,
     "gpt2": Gpt2,
+    "bert": Bert,
 }
 
 
