@@ -11,7 +11,7 @@ from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
 from llmscale.stages.base import Workspace
 from llmscale.stages.pretrain import Pretrain
-from llmscale.training.objectives import Causal, Masked, Objective
+from llmscale.training.objectives import Objective, make_objective
 
 ABOUT = "tokens.json"
 
@@ -89,13 +89,5 @@ def token_samples(stage: Pretrain, workspace: Workspace, split: str) -> Samples 
 def objective(stage: Pretrain, workspace: Workspace) -> Objective:
     """What the stage's model learns to predict."""
     about = read_json(workspace.folder.path / "tokens" / ABOUT)
-    document_end = about["end_of_text"] if stage.separate_documents else None
-    if not stage.masked:
-        return Causal(document_end)
-    return Masked(
-        seed=workspace.seed,
-        vocabulary=about["tokenizer_size"],
-        mask_token=about["mask_token"],
-        special_tokens=tuple(about["special_tokens"]),
-        document_end=document_end,
-    )
+    kind = stage.architecture().traits.objective
+    return make_objective(kind, about, workspace.seed, stage.separate_documents)

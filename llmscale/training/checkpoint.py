@@ -30,7 +30,7 @@ from llmscale.artifacts import (
     write_json,
 )
 from llmscale.models.megatron import inner_model
-from llmscale.training.adam_state import separate_step_counts
+from llmscale.training.adam_state import padding_counted, separate_step_counts
 from llmscale.training.megatron_engine import MegatronEngine
 
 STATE = "state.json"
@@ -262,9 +262,10 @@ def set_weights(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
 def sharded_state(engine: MegatronEngine, loading: bool = False) -> dict[str, Any]:
     """Everything that resumes a run, as megatron-core's sharded state."""
     state = model_state(engine)
-    state["optimizer"] = engine.optimizer.sharded_state_dict(
-        dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
-    )
+    with padding_counted(engine.chunks):
+        state["optimizer"] = engine.optimizer.sharded_state_dict(
+            dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
+        )
     states = _random_states(engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     state["random"] = ShardedTensor.from_rank_offsets(_random_key(engine), states, (0, rank, ranks))

@@ -4,10 +4,10 @@ Losses are summed, never averaged, so that any split of a batch gives the same g
 Shape legend: b samples, s sequence length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -120,3 +120,24 @@ def _apart(batch: TokenBatch, document_end: int) -> TokenBatch:
 def masked_sum(losses_bs: Tensor, mask_bs: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss and the number of tokens it was summed over."""
     return (losses_bs.float() * mask_bs).sum(), mask_bs.sum().to(torch.int)
+
+
+def make_objective(
+    kind: str, tokens: Mapping[str, Any], seed: int, separate_documents: bool
+) -> Objective:
+    """The objective of a family of models.
+
+    Args:
+        kind: ``causal`` or ``masked``.
+        tokens: the tokenizer's numbers, as ``tokens.json`` holds them.
+    """
+    document_end = tokens["end_of_text"] if separate_documents else None
+    if kind == "causal":
+        return Causal(document_end)
+    return Masked(
+        seed=seed,
+        vocabulary=tokens["tokenizer_size"],
+        mask_token=tokens["mask_token"],
+        special_tokens=tuple(tokens["special_tokens"]),
+        document_end=document_end,
+    )

@@ -19,7 +19,7 @@ from llmscale.parallel.world import process_groups
 from llmscale.training.batches import TokenBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.megatron_engine import MegatronEngine
-from llmscale.training.objectives import Causal
+from llmscale.training.objectives import Objective, make_objective
 from llmscale.verify.differences import (
     Difference,
     complete_gradients,
@@ -30,7 +30,7 @@ from llmscale.verify.differences import (
 )
 from llmscale.verify.proof import Proof
 
-DOCUMENT_END = 0
+DOCUMENT_END, MASK, FIRST_ORDINARY = 0, 1, 2
 MEAN_DOCUMENT = 12
 """Tokens; so that a sample holds several documents, and ends within one."""
 CURVES = "curves.json"
@@ -54,13 +54,24 @@ def _samples(proof: Proof) -> Samples:
     length = proof.model.sequence_length
     size = proof.batch.global_ * (proof.steps + 1) * length + 1
     random = np.random.default_rng(proof.seed)
-    tokens = random.integers(1, proof.vocabulary, size)
+    tokens = random.integers(FIRST_ORDINARY, proof.vocabulary, size)
     tokens[random.random(size) < 1 / MEAN_DOCUMENT] = DOCUMENT_END
     return Samples(RandomTokens(tokens), length, proof.seed)
 
 
+def _objective(proof: Proof) -> Objective:
+    tokens = {
+        "end_of_text": DOCUMENT_END,
+        "mask_token": MASK,
+        "special_tokens": [DOCUMENT_END, MASK],
+        "tokenizer_size": proof.vocabulary,
+    }
+    kind = proof.model.traits.objective
+    return make_objective(kind, tokens, proof.seed, proof.separate_documents)
+
+
 def _batches(proof: Proof, samples: Samples, step: int) -> list[TokenBatch]:
-    objective = Causal(DOCUMENT_END if proof.separate_documents else None)
+    objective = _objective(proof)
     places = rank_places(
         consumed=step * proof.batch.global_,
         global_batch=proof.batch.global_,

@@ -13,6 +13,7 @@ from tests.verify.cases import proof, run_proofs
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "key_value_heads": 2},
     "gpt2": {"family": "gpt2"},
+    "bert": {"family": "bert"},
     "mixtral": {"family": "mixtral", "experts": 4, "key_value_heads": 2},
 }
 
