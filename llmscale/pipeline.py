@@ -97,10 +97,9 @@ class Pipeline:
         stage = self.recipe.stages[name]
         linked = stage.linked(self.recipe.stages)
         inputs = {key: self._fingerprint(needed) for key, needed in linked.items()}
-        for key in stage.links:
-            named = getattr(stage, key)
-            if key not in inputs and named is not None:
-                inputs[key] = folder_fingerprint(Path(named))
+        for named in stage.named():
+            if named.key not in inputs:
+                inputs[named.key] = folder_fingerprint(Path(named.name))
         return stage.fingerprint(self.recipe.seed, inputs)
 
     def _plan(self, name: str) -> Plan:

@@ -38,8 +38,7 @@ def input_folders(recipe: Recipe, stage: Stage, run_folder: RunFolder) -> dict[s
         key: run_folder.stage(name).path / recipe.stages[name].product
         for key, name in linked.items()
     }
-    for key in stage.links:
-        named = getattr(stage, key)
-        if key not in folders and named is not None:
-            folders[key] = Path(named)
+    for named in stage.named():
+        if named.key not in folders:
+            folders[named.key] = Path(named.name)
     return folders

@@ -1,6 +1,6 @@
 """Samples of a token stream: the global batch is a function of the seed and the step.
 
-Shape legend: b samples, s sequence length.
+Shape legend: s sequence length.
 """
 
 from dataclasses import dataclass
@@ -47,10 +47,6 @@ class Samples:
         """Which sample comes after ``consumed`` others; every epoch has an order of its own."""
         epoch, index = divmod(consumed, len(self))
         return _epoch_order(len(self), self.seed, epoch)[index]
-
-    def shuffled(self, consumed: list[int]) -> np.ndarray:
-        """The samples at these places of the shuffled order: ``[b, s + 1]``."""
-        return np.stack([self.window(self.number_at(place)) for place in consumed])
 
 
 @lru_cache(maxsize=8)

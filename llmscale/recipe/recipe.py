@@ -79,9 +79,8 @@ class Recipe(Settings):
 
     def _link_problems(self) -> Iterator[Problem]:
         for name, stage in self.stages.items():
-            for key, link in stage.links.items():
-                target = getattr(stage, key)
-                cause = None if target is None else self._misfit(target, link)
+            for path, target, link in stage.named():
+                cause = self._misfit(target, link)
                 if cause is not None:
                     others = [
                         other
@@ -90,7 +89,7 @@ class Recipe(Settings):
                     ]
                     use = f"use {choices(others)}" if others else f"add one of kind {link.kinds[0]}"
                     message = f"{shown(target, most=500)} {cause}; {use}"
-                    yield Problem(("stages", name, key), message)
+                    yield Problem(("stages", name, *path), message)
 
     def _misfit(self, target: str, link: Link) -> str | None:
         if target in self.stages:

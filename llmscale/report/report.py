@@ -185,16 +185,14 @@ def _progress(progress: Record | None) -> str:
 
 def _inputs(stage: Stage, recipe: Recipe, manifests: Mapping[str, Record], name: str) -> str:
     """The stages and folders a stage reads; those that changed since it ran are marked."""
-    named = {key: getattr(stage, key) for key in stage.links} | stage.linked(recipe.stages)
+    named = {each.key: each.name for each in stage.named()} | stage.linked(recipe.stages)
     used = manifests[name].get("inputs", {})
     words = []
     for key, target in named.items():
-        if target is None:
-            continue
         was = used.get(key, {}).get("fingerprint")
         now = manifests.get(target, {}).get("fingerprint")
-        words.append(f"{target} (changed since)" if was and now and was != now else str(target))
-    return ", ".join(words) or NOTHING
+        words.append(f"{target} (changed since)" if was and now and was != now else target)
+    return ", ".join(dict.fromkeys(words)) or NOTHING
 
 
 def _versions(manifests: Mapping[str, Record]) -> list[tuple[str, str]]:

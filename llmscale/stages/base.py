@@ -83,6 +83,19 @@ class Link(NamedTuple):
     folder_holds: tuple[str, ...] = ()
 
 
+class Named(NamedTuple):
+    """A name a stage gives, where it stands in the stage, and what it may name."""
+
+    path: tuple[str, ...]
+    name: str
+    link: Link
+
+    @property
+    def key(self) -> str:
+        """The path as one word, by which the stage's inputs are known."""
+        return ".".join(self.path)
+
+
 @dataclass(frozen=True)
 class RecipeView:
     """What a stage may see of the recipe around it when it checks itself."""
@@ -113,10 +126,15 @@ class Stage(Settings):
     product: ClassVar[str] = ""
     """The part of the stage's folder that others are given; all of it by default."""
 
+    def named(self) -> Iterator[Named]:
+        """The stages and folders this one names."""
+        for key, link in self.links.items():
+            if (name := getattr(self, key)) is not None:
+                yield Named((key,), name, link)
+
     def linked(self, stages: Mapping[str, "Stage"]) -> dict[str, str]:
         """The stages this one needs, by the key that names each."""
-        named = {key: getattr(self, key) for key in self.links}
-        return {key: name for key, name in named.items() if name in stages}
+        return {named.key: named.name for named in self.named() if named.name in stages}
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
         """What is wrong with the settings, beyond their types."""

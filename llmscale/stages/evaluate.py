@@ -56,7 +56,7 @@ class Evaluate(Stage):
     }
 
     def linked(self, stages: Mapping[str, Stage]) -> dict[str, str]:
-        """Without a ``corpus`` of its own, the one its model was trained on."""
+        """Without a ``corpus`` of its own, its model's, unless that was trained on a ``blend``."""
         named = super().linked(stages)
         trained_on = getattr(stages.get(self.model), "corpus", None)
         if "corpus" not in named and trained_on in stages:

@@ -16,12 +16,14 @@ from llmscale.settings import NOT_IDENTITY, Problem, under
 from llmscale.stages.base import (
     TOKENIZER_FILES,
     Link,
+    Named,
     RecipePath,
     RecipeView,
     Stage,
     StageOrFolder,
     Workspace,
 )
+from llmscale.training.curriculum import Phase, Span, Weights, lay_out, step_problems
 from llmscale.training.settings import (
     Batch,
     Checkpointing,
@@ -32,17 +34,23 @@ from llmscale.training.settings import (
     Validation,
 )
 
+CORPUS = Link(("prepare",))
+
 
 class Pretrain(Stage):
     """``kind: pretrain``. Gives ``checkpoints/`` and, of the best one, ``hf/``.
 
     ``start_from`` is a Hugging Face folder, or what ``llmscale import`` made of one; the
     architecture then is the folder's, and ``model`` is left out. ``separate_documents``
-    keeps documents packed into one sample from seeing each other.
+    keeps documents packed into one sample from seeing each other. Samples come from
+    ``corpus``, or from several by the weights of ``blend``; the phases of ``curriculum`` may
+    have blends and lengths of their own.
     """
 
     kind: Literal["pretrain"]
-    corpus: str
+    corpus: str | None = None
+    blend: Weights | None = None
+    curriculum: tuple[Phase, ...] = ()
     tokenizer: StageOrFolder
     model: Architecture | None = None
     start_from: RecipePath | None = None
@@ -60,7 +68,7 @@ class Pretrain(Stage):
 
     product: ClassVar[str] = "hf"
     links: ClassVar[Mapping[str, Link]] = {
-        "corpus": Link(("prepare",)),
+        "corpus": CORPUS,
         "tokenizer": Link(("tokenizer",), or_folder=True, folder_holds=TOKENIZER_FILES),
     }
 
@@ -84,7 +92,31 @@ class Pretrain(Stage):
         """Tokens a training sample predicts."""
         return self.sequence_length or self.architecture().sequence_length
 
+    def named(self) -> Iterator[Named]:
+        """The corpora of blends, too."""
+        yield from super().named()
+        for path, blend in self._blends():
+            yield from (Named((*path, name), name, CORPUS) for name in blend)
+
+    def _blends(self) -> Iterator[tuple[tuple[str, ...], Weights]]:
+        """Each blend and its place."""
+        if self.blend is not None:
+            yield ("blend",), self.blend
+        for number, phase in enumerate(self.curriculum):
+            if phase.blend is not None:
+                yield ("curriculum", str(number), "blend"), phase.blend
+
+    def corpora(self) -> dict[str, str]:
+        """Each corpus that is read, and the key of its folder among the stage's inputs."""
+        return {named.name: named.key for named in self.named() if named.link is CORPUS}
+
+    def spans(self) -> tuple[Span, ...]:
+        """The phases of training, in order."""
+        weights = self.blend or {str(self.corpus): 1.0}
+        return lay_out(self.curriculum, self.batch, self.window, weights)
+
     def problems(self, view: RecipeView) -> Iterator[Problem]:
+        yield from self._corpus_problems()
         ranks, layout = view.cluster.ranks, self.parallel
         try:
             architecture = self._checked_architecture()
@@ -118,6 +150,36 @@ class Pretrain(Stage):
                 f"{self.window} is above the model's {architecture.sequence_length}; "
                 f"use at most {architecture.sequence_length}",
             )
+        yield from under("curriculum", step_problems(self.curriculum, self.steps))
+        yield from self._phase_length_problems(architecture)
+
+    def _corpus_problems(self) -> Iterator[Problem]:
+        own = [key for key in ("corpus", "blend") if getattr(self, key) is not None]
+        without = [n for n, phase in enumerate(self.curriculum) if phase.blend is None]
+        if len(own) == 2:
+            yield Problem(("blend",), "give either corpus or blend, not both; both are given")
+        elif own and self.curriculum and not without:
+            yield Problem((own[0],), "every phase of the curriculum has a blend; remove it")
+        elif not own and not self.curriculum:
+            yield Problem(("corpus",), "is missing; add it, or blend")
+        elif not own and without:
+            yield Problem(
+                ("curriculum", str(without[0]), "blend"),
+                "is missing, and the stage has neither corpus nor blend; add one of them",
+            )
+
+    def _phase_length_problems(self, architecture: Architecture) -> Iterator[Problem]:
+        for number, phase in enumerate(self.curriculum):
+            length, path = phase.sequence_length, ("curriculum", str(number), "sequence_length")
+            if length is not None and length > architecture.sequence_length:
+                yield Problem(
+                    path,
+                    f"{length} is above the model's {architecture.sequence_length}; "
+                    f"use at most {architecture.sequence_length}",
+                )
+            elif length is not None:
+                misfits = self.parallel.length_problems(length)
+                yield from (Problem(path, problem.message) for problem in misfits)
 
     def _checked_architecture(self) -> Architecture:
         if (self.model is None) == (self.start_from is None):

@@ -13,7 +13,7 @@ from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
 from llmscale.stages.imported import is_import, load_imported
 from llmscale.stages.pretrain import Pretrain
-from llmscale.stages.tokens import ABOUT, objective, token_samples
+from llmscale.stages.tokens import ABOUT, objective, training_data, validation_data
 from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState
 from llmscale.training.log import TrainingLog
 from llmscale.training.loop import Trainer
@@ -59,17 +59,14 @@ def pretrain(stage: Pretrain, workspace: Workspace) -> None:
         say = print if world.first else _silent
         checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
         state = _restored_or_initial(stage, workspace, engine, checkpoints)
-        log = _log(stage, workspace, world, engine, state)
-        samples = token_samples(stage, workspace, "train")
-        assert samples is not None, "make_tokens refuses a training split that is too short"
+        log = _log(stage, workspace, world, state)
         trainer = Trainer(
             engine=engine,
             objective=objective(stage, workspace),
-            samples=samples,
-            validation=token_samples(stage, workspace, "validation"),
-            validation_samples=stage.validation.samples,
+            data=training_data(stage, workspace),
+            validation=validation_data(stage, workspace),
             steps=stage.steps,
-            batch=stage.batch,
+            micro_batch=stage.batch.micro,
             checkpointing=stage.checkpoint,
             health=stage.health,
             checkpoints=checkpoints,
@@ -110,11 +107,7 @@ def set_initial_weights(stage: Pretrain, seed: int, engine: MegatronEngine) -> N
 
 
 def _log(
-    stage: Pretrain,
-    workspace: Workspace,
-    world: World,
-    engine: MegatronEngine,
-    state: TrainingState,
+    stage: Pretrain, workspace: Workspace, world: World, state: TrainingState
 ) -> TrainingLog | None:
     """The log of rank 0; the peak is measured while the other ranks wait."""
     log = None
@@ -127,9 +120,6 @@ def _log(
             workspace.progress,
             steps=stage.steps,
             resumed_step=state.step,
-            flops_per_token=(
-                engine.architecture.flops_per_sample(engine.vocabulary, stage.window) / stage.window
-            ),
             peak_flops=peak,
         )
     dist.barrier()

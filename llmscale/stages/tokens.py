@@ -1,5 +1,6 @@
-"""The corpus as tokens on disk: made once, by one process, before any rank starts."""
+"""Corpora as tokens on disk: made once, by one process, before any rank starts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from llmscale.artifacts import new_folder, read_json, write_json
@@ -11,16 +12,18 @@ from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
 from llmscale.stages.base import Workspace
 from llmscale.stages.pretrain import Pretrain
+from llmscale.training.curriculum import Span
+from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
 from llmscale.training.objectives import Objective, make_objective
 
 ABOUT = "tokens.json"
 
 
 def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
-    """Writes ``tokens/train`` and ``tokens/validation`` (.bin, .idx) and what they are.
+    """Writes ``tokens/CORPUS/train`` and ``.../validation`` (.bin, .idx) and what they are.
 
     Raises:
-        RecipeError: if the training split is too short for one sample, or the tokenizer
+        RecipeError: if a training split is too short for one sample, or the tokenizer
             lacks a token that the model's objective needs.
     """
     folder = workspace.folder.path / "tokens"
@@ -32,36 +35,46 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
             f"{workspace.inputs['tokenizer']}: the tokenizer has no mask token, which "
             f"{stage.architecture().family} needs; give a folder whose tokenizer has one"
         )
+    corpora = {name: workspace.inputs[key] for name, key in stage.corpora().items()}
     documents = {
-        split: sum(1 for _ in read_split(workspace.inputs["corpus"], split)) for split in SPLITS
+        (name, split): sum(1 for _ in read_split(corpus, split))
+        for name, corpus in corpora.items()
+        for split in SPLITS
     }
     total = sum(documents.values())
     before = 0
     with new_folder(folder) as beside:
-        counts: dict[str, int] = {}
-        for split in SPLITS:
+        counts: dict[str, dict[str, int]] = {name: {} for name in corpora}
+        for (name, split), count in documents.items():
 
             def on_document(number: int, before: int = before) -> None:
                 workspace.progress.update(before + number, total, "documents", "tokens")
 
-            texts = read_split(workspace.inputs["corpus"], split)
-            counts[split] = write_tokens(texts, tokenizer, beside / split, on_document)
-            before += documents[split]
+            texts = read_split(corpora[name], split)
+            (beside / name).mkdir(exist_ok=True)
+            counts[name][split] = write_tokens(texts, tokenizer, beside / name / split, on_document)
+            before += count
+        _require_a_sample(stage, counts)
         about = {
             "vocabulary": _vocabulary(stage, len(tokenizer)),
             "tokenizer_size": len(tokenizer),
             "end_of_text": tokenizer.eos_token_id,
             "mask_token": tokenizer.mask_token_id,
             "special_tokens": tokenizer.all_special_ids,
-            **counts,
+            "corpora": counts,
         }
-        if counts["train"] <= stage.window:
-            raise RecipeError(
-                f"the training split has {counts['train']} tokens, too few for one sample of "
-                f"{stage.window} + 1; add text or lower sequence_length"
-            )
         write_json(beside / ABOUT, about)
     workspace.folder.add_metrics(tokens=counts)
+
+
+def _require_a_sample(stage: Pretrain, counts: Mapping[str, Mapping[str, int]]) -> None:
+    for span in stage.spans():
+        for name in span.weights:
+            if counts[name]["train"] <= span.sequence_length:
+                raise RecipeError(
+                    f"the training split of {name} has {counts[name]['train']} tokens, too few for "
+                    f"one sample of {span.sequence_length} + 1; add text or lower sequence_length"
+                )
 
 
 def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
@@ -77,13 +90,35 @@ def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
     return size
 
 
-def token_samples(stage: Pretrain, workspace: Workspace, split: str) -> Samples | None:
-    """The samples of a split; None if it is too short for one."""
-    stream_tokens = read_json(workspace.folder.path / "tokens" / ABOUT)[split]
-    if stream_tokens <= stage.window:
-        return None
-    stream = TokenStream(workspace.folder.path / "tokens" / split)
-    return Samples(stream, stage.window, workspace.seed)
+def training_data(stage: Pretrain, workspace: Workspace) -> TrainingData:
+    """What every step trains on."""
+    folder = workspace.folder.path / "tokens"
+    streams = {name: TokenStream(folder / name / "train") for name in stage.corpora()}
+
+    def samples(span: Span) -> PhaseSamples:
+        sources = {
+            name: Samples(streams[name], span.sequence_length, workspace.seed)
+            for name in span.weights
+        }
+        return PhaseSamples(span, sources)
+
+    return TrainingData(stage.batch, [samples(span) for span in stage.spans()])
+
+
+def validation_data(stage: Pretrain, workspace: Workspace) -> ValidationData | None:
+    """Validation samples of every corpus, of the stage's own length in every phase.
+
+    Returns:
+        None if no corpus has enough text for one.
+    """
+    folder = workspace.folder.path / "tokens"
+    counts = read_json(folder / ABOUT)["corpora"]
+    sources = [
+        Samples(TokenStream(folder / name / "validation"), stage.window, workspace.seed)
+        for name in stage.corpora()
+        if counts[name]["validation"] > stage.window
+    ]
+    return ValidationData(sources, stage.validation.samples) if sources else None
 
 
 def objective(stage: Pretrain, workspace: Workspace) -> Objective:

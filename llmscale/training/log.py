@@ -23,12 +23,10 @@ class TrainingLog:
         *,
         steps: int,
         resumed_step: int,
-        flops_per_token: float,
         peak_flops: float | None,
     ) -> None:
         self._progress = progress
         self._steps = steps
-        self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         kept = [m for m in folder.metrics() if m["step"] <= resumed_step]
         write_text(folder.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
@@ -37,8 +35,10 @@ class TrainingLog:
         self._seconds = 0.0
         self._begun = time.perf_counter()
 
-    def step(self, step: int, tokens: int, total_tokens: int, **values: float) -> None:
-        """Logs one training step of ``tokens`` tokens."""
+    def step(
+        self, step: int, tokens: int, total_tokens: int, flops: float, **values: float
+    ) -> None:
+        """Logs one training step of ``tokens`` tokens and ``flops`` model FLOP."""
         now = time.perf_counter()
         elapsed, self._begun = now - self._begun, now
         rate = tokens / elapsed
@@ -50,7 +50,7 @@ class TrainingLog:
             "tokens_per_second": round(rate, 1),
         }
         if self._peak_flops:
-            line["mfu"] = round(rate * self._flops_per_token / self._peak_flops, 4)
+            line["mfu"] = round(flops / elapsed / self._peak_flops, 4)
         self._write(line)
         self._seconds = (
             elapsed

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from llmscale.data.samples import Samples, rank_places
+from llmscale.data.samples import rank_places
 from llmscale.errors import Interrupted, StageError
 from llmscale.training.batches import TokenBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
+from llmscale.training.data import StepBatch, TrainingData, ValidationData
 from llmscale.training.log import TrainingLog
 from llmscale.training.megatron_engine import MegatronEngine, StepResult
 from llmscale.training.objectives import Objective
 from llmscale.training.schedule import learning_rate
-from llmscale.training.settings import Batch, Checkpointing, Health
+from llmscale.training.settings import Checkpointing, Health
 from llmscale.training.signals import StopRequest
 
 SHOWN_SAMPLES = 8
@@ -28,11 +29,10 @@ class Trainer:
 
     engine: MegatronEngine
     objective: Objective
-    samples: Samples
-    validation: Samples | None
-    validation_samples: int
+    data: TrainingData
+    validation: ValidationData | None
     steps: int
-    batch: Batch
+    micro_batch: int
     checkpointing: Checkpointing
     health: Health
     checkpoints: Checkpoints
@@ -49,18 +49,19 @@ class Trainer:
         """
         nonfinite = 0
         while state.step < self.steps:
-            result = self._step(state)
+            batch = self.data.at(state.step, state.consumed_samples)
+            result = self._step(batch, state.step)
             healthy = result.applied or result.overflowed
             nonfinite = 0 if healthy else nonfinite + 1
             if not healthy:
-                self._tell_nonfinite(state, result, nonfinite)
+                self._tell_nonfinite(batch, state.step, result, nonfinite)
             state = replace(
                 state,
                 step=state.step + 1,
-                consumed_samples=state.consumed_samples + self.batch.global_,
-                tokens=state.tokens + self._tokens_read,
+                consumed_samples=state.consumed_samples + batch.size,
+                tokens=state.tokens + batch.tokens,
             )
-            self._log_step(state, result)
+            self._log_step(batch, state, result)
             self.checkpoints.poll()
             stopping = self.stop.agreed(self.engine.device)
             if state.step == self.steps or state.step % self.checkpointing.every == 0:
@@ -72,47 +73,46 @@ class Trainer:
                 raise Interrupted(f"stopped after step {state.step}, with a checkpoint")
         return state
 
-    def _step(self, state: TrainingState) -> StepResult:
+    def _step(self, batch: StepBatch, step: int) -> StepResult:
         places = rank_places(
-            consumed=state.consumed_samples,
-            global_batch=self.batch.global_,
-            micro_batch=self.batch.micro,
+            consumed=batch.first,
+            global_batch=batch.size,
+            micro_batch=self.micro_batch,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_ranks=parallel_state.get_data_parallel_world_size(),
         )
         batches = [
-            self.objective.batch(self.samples.shuffled(own), own, self.engine.device)
+            self.objective.batch(batch.samples.windows(own), own, self.engine.device)
             for own in places
         ]
-        return self.engine.train_step(batches, self._learning_rate(state.step))
-
-    @property
-    def _tokens_read(self) -> int:
-        """Tokens of text in a global batch, whether they are predicted or not."""
-        return self.batch.global_ * self.samples.sequence_length
+        return self.engine.train_step(batches, self._learning_rate(step))
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.steps, self.engine.settings)
 
-    def _log_step(self, state: TrainingState, result: StepResult) -> None:
+    def _log_step(self, batch: StepBatch, state: TrainingState, result: StepResult) -> None:
         if self.log is not None:
+            flops = self.engine.architecture.flops_per_sample(
+                self.engine.vocabulary, batch.sequence_length
+            )
             self.log.step(
                 state.step,
-                self._tokens_read,
+                batch.tokens,
                 state.tokens,
+                batch.size * flops,
                 loss=result.loss,
                 learning_rate=self._learning_rate(state.step - 1),
                 gradient_norm=result.gradient_norm,
             )
 
-    def _tell_nonfinite(self, state: TrainingState, result: StepResult, in_a_row: int) -> None:
+    def _tell_nonfinite(
+        self, batch: StepBatch, step: int, result: StepResult, in_a_row: int
+    ) -> None:
         """Names the samples of a step that was skipped; stops after too many in a row."""
-        first = state.consumed_samples
-        numbers = [self.samples.number_at(first + place) for place in range(self.batch.global_)]
-        shown = ", ".join(map(str, numbers[:SHOWN_SAMPLES]))
-        more = f" and {len(numbers) - SHOWN_SAMPLES} more" if len(numbers) > SHOWN_SAMPLES else ""
+        shown = ", ".join(batch.samples.name(place) for place in batch.places[:SHOWN_SAMPLES])
+        more = f" and {batch.size - SHOWN_SAMPLES} more" if batch.size > SHOWN_SAMPLES else ""
         cause = (
-            f"step {state.step + 1}: loss {result.loss}, gradient norm {result.gradient_norm}: "
+            f"step {step + 1}: loss {result.loss}, gradient norm {result.gradient_norm}: "
             f"not finite; the step was skipped; its samples are {shown}{more}"
         )
         self.say(cause)
@@ -138,24 +138,24 @@ class Trainer:
             return replace(state, best_loss=loss, best_step=state.step)
         return state
 
-    def validation_loss(self, samples: Samples) -> float:
-        """The mean loss a token over the first validation samples; collective."""
+    def validation_loss(self, samples: ValidationData) -> float:
+        """The mean loss a token over the validation samples; collective."""
         data_ranks = parallel_state.get_data_parallel_world_size()
         data_rank = parallel_state.get_data_parallel_rank()
-        count = min(len(samples), self.validation_samples)
-        per_pass = self.batch.micro * data_ranks
+        count = len(samples)
+        per_pass = self.micro_batch * data_ranks
         passes = -(-count // per_pass)
         if self.engine.layout.virtual_pipeline > 1:
             passes = -(-passes // self.engine.layout.pipeline) * self.engine.layout.pipeline
         own = range(data_rank, passes * per_pass, data_ranks)
         batches = [
-            self._validation_batch(samples, own[i : i + self.batch.micro], count)
-            for i in range(0, len(own), self.batch.micro)
+            self._validation_batch(samples, own[i : i + self.micro_batch], count)
+            for i in range(0, len(own), self.micro_batch)
         ]
         total, tokens = self.engine.evaluate(batches)
         return total / tokens
 
-    def _validation_batch(self, samples: Samples, numbers: range, count: int) -> TokenBatch:
+    def _validation_batch(self, samples: ValidationData, numbers: range, count: int) -> TokenBatch:
         """Numbers past the last sample only fill the micro-batch up; their tokens do not count."""
         present = [min(number, count - 1) for number in numbers]
         windows = np.stack([samples.window(number) for number in present])

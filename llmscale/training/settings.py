@@ -5,9 +5,50 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from llmscale.settings import NOT_IDENTITY, Problem, Settings, nearest_multiples
+from llmscale.settings import (
+    NOT_IDENTITY,
+    Problem,
+    Settings,
+    choices,
+    divisors,
+    nearest,
+    nearest_multiples,
+    under,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Ramp(Settings):
+    """A global batch that grows from ``start`` by ``increment``, evenly over ``samples``."""
+
+    start: PositiveInt
+    increment: PositiveInt
+    samples: PositiveInt
+
+    def problems(self, largest: int, multiple: int, why: str) -> Iterator[Problem]:
+        """What keeps the sizes from reaching ``largest`` by multiples of ``multiple``."""
+        distance = largest - self.start
+        if distance <= 0:
+            yield Problem(
+                ("start",), f"{self.start} is not below global {largest}; lower it, or remove ramp"
+            )
+        elif self.start % multiple:
+            yield Problem(
+                ("start",),
+                f"{why} does not divide {self.start}; "
+                f"use {nearest_multiples(self.start, multiple)}",
+            )
+        elif distance % self.increment or self.increment % multiple:
+            fitting = [size for size in divisors(distance) if size % multiple == 0]
+            cause = (
+                f"{self.increment} does not divide global {largest} - start {self.start}"
+                if distance % self.increment
+                else f"{why} does not divide {self.increment}"
+            )
+            yield Problem(
+                ("increment",), f"{cause}; use {choices(nearest(fitting, self.increment))}"
+            )
 
 
 class Batch(Settings):
@@ -15,6 +56,28 @@ class Batch(Settings):
 
     global_: PositiveInt = Field(alias="global")
     micro: Annotated[PositiveInt, NOT_IDENTITY] = 1
+    ramp: Ramp | None = None
+
+    def size(self, consumed: int) -> int:
+        """The global batch of the step before which ``consumed`` samples were read.
+
+        By Megatron-LM's ``--rampup-batch-size``, in whole numbers.
+        """
+        if self.ramp is None or consumed >= self.ramp.samples:
+            return self.global_
+        increments = (self.global_ - self.ramp.start) // self.ramp.increment
+        grown = consumed * increments // self.ramp.samples
+        return self.ramp.start + grown * self.ramp.increment
+
+    def consumed(self, steps: int) -> int:
+        """Samples that the first ``steps`` steps read."""
+        samples = 0
+        for step in range(steps):
+            size = self.size(samples)
+            if size == self.global_:
+                return samples + (steps - step) * size
+            samples += size
+        return samples
 
     def problems(
         self, *, data_ranks: int, pipeline: int, virtual_pipeline: int
@@ -35,6 +98,12 @@ class Batch(Settings):
                 f"interleaved schedule needs; use "
                 f"{nearest_multiples(self.global_, per_pass * pipeline)}",
             )
+        elif self.ramp is not None:
+            why, multiple = f"micro {self.micro} x data {data_ranks}", per_pass
+            if virtual_pipeline > 1:
+                why, multiple = f"{why} x pipeline {pipeline}", per_pass * pipeline
+            why = f"{why} = {multiple}"
+            yield from under("ramp", self.ramp.problems(self.global_, multiple, why))
 
 
 class Optimizer(Settings):
@@ -89,7 +158,7 @@ class Checkpointing(Settings):
 
 
 class Validation(Settings):
-    """On how many samples the validation loss is taken, at each checkpoint."""
+    """On how many samples of each corpus the validation loss is taken, at each checkpoint."""
 
     samples: PositiveInt = 256
 

@@ -80,7 +80,12 @@ def _batches(proof: Proof, samples: Samples, step: int) -> list[TokenBatch]:
         data_ranks=parallel_state.get_data_parallel_world_size(),
     )
     device = torch.device("cpu")
-    return [objective.batch(samples.shuffled(own), own, device) for own in places]
+    return [
+        objective.batch(
+            np.stack([samples.window(samples.number_at(place)) for place in own]), own, device
+        )
+        for own in places
+    ]
 
 
 @contextmanager

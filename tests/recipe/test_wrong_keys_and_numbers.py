@@ -92,7 +92,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def owner_of(plain: Any, path: KeyPath) -> Any:
-    """The mapping a key stands in, made where the quickstart recipe leaves it out."""
+    """The mapping a key stands in, made where the recipe leaves it out."""
     for key in path[:-1]:
         plain = plain[int(key)] if isinstance(plain, list) else plain.setdefault(key, {})
     return plain
@@ -102,7 +102,11 @@ def owner_of(plain: Any, path: KeyPath) -> Any:
 def plain(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("plain") / "x.yaml"
     file.write_text(quickstart, encoding="utf-8")
-    return read_yaml(Path(file)).values
+    values = read_yaml(Path(file)).values
+    training = values["stages"]["pretrain"]
+    training["batch"]["ramp"] = {"start": 8, "increment": 8, "samples": 100}
+    training["curriculum"] = [{}]
+    return values
 
 
 def test_the_walk_reaches_the_depths() -> None:
