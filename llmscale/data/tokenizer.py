@@ -14,15 +14,23 @@ UNKNOWN = "<|unknown|>"
 SPECIAL_TOKENS = [END_OF_TEXT, PADDING]
 
 
-def train_tokenizer(texts: Iterator[str], algorithm: Algorithm, vocabulary_size: int) -> Any:
+def sentinel(number: int) -> str:
+    """What stands for a span that is taken out of a text (T5's names)."""
+    return f"<extra_id_{number}>"
+
+
+def train_tokenizer(
+    texts: Iterator[str], algorithm: Algorithm, vocabulary_size: int, sentinels: int = 0
+) -> Any:
     """Trains a tokenizer; returns it as a ``transformers`` fast tokenizer.
 
     BPE and Unigram work on bytes, so every text can be written and read back exactly.
-    The end of a text and padding are distinct tokens (0 and 1).
+    The end of a text and padding are distinct tokens (0 and 1); sentinels come after them.
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer, trainer = _parts(algorithm, vocabulary_size)
+    special = [*SPECIAL_TOKENS, *map(sentinel, range(sentinels))]
+    tokenizer, trainer = _parts(algorithm, vocabulary_size, special)
     tokenizer.train_from_iterator(texts, trainer=trainer)
     unknown = {"unk_token": UNKNOWN} if algorithm == "wordpiece" else {}
     return PreTrainedTokenizerFast(
@@ -35,13 +43,13 @@ def train_tokenizer(texts: Iterator[str], algorithm: Algorithm, vocabulary_size:
     )
 
 
-def _parts(algorithm: Algorithm, size: int) -> tuple[Tokenizer, Any]:
+def _parts(algorithm: Algorithm, size: int, special: list[str]) -> tuple[Tokenizer, Any]:
     if algorithm == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        special = [*SPECIAL_TOKENS, UNKNOWN]
+        special = [*SPECIAL_TOKENS, UNKNOWN, *special[len(SPECIAL_TOKENS) :]]
         return tokenizer, trainers.WordPieceTrainer(
             vocab_size=size, special_tokens=special, show_progress=False
         )
@@ -50,7 +58,7 @@ def _parts(algorithm: Algorithm, size: int) -> tuple[Tokenizer, Any]:
         tokenizer = Tokenizer(models.BPE())
         trainer: Any = trainers.BpeTrainer(
             vocab_size=size,
-            special_tokens=SPECIAL_TOKENS,
+            special_tokens=special,
             initial_alphabet=alphabet,
             show_progress=False,
         )
@@ -58,7 +66,7 @@ def _parts(algorithm: Algorithm, size: int) -> tuple[Tokenizer, Any]:
         tokenizer = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(
             vocab_size=size,
-            special_tokens=SPECIAL_TOKENS,
+            special_tokens=special,
             initial_alphabet=alphabet,
             show_progress=False,
         )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -28,13 +27,15 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 from torch import Tensor
 from torch.nn import functional as F
 
 from llmscale.models.architecture import Architecture
 from llmscale.models.attention import CoreAttention, transformer_engine_available
-from llmscale.models.cross_entropy import vocabulary_cross_entropy
+from llmscale.models.decoder import Decoder
+from llmscale.models.encoder_decoder import EncoderDecoder, encoder_decoder_layer
 from llmscale.models.norms import Norm
 from llmscale.models.router import BalancedRouter
 from llmscale.parallel.layout import Layout
@@ -87,6 +88,7 @@ def transformer_config(
         add_bias_linear=architecture.biased,
         add_qkv_bias=architecture.query_bias,
         qk_layernorm=architecture.traits.query_key_norm,
+        softmax_scale=1.0 if architecture.traits.positions == "relative" else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_left_to_fill,
@@ -114,6 +116,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         moe_router_dtype="fp32",
         moe_grouped_gemm=architecture.experts is not None and transformer_engine_available(device),
+        hetereogenous_dist_checkpoint=architecture.decoders > 0,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=device == "cuda",  # gloo may still be sending them
         # With two stages the next rank is the previous one too: batched messages get mixed up.
@@ -197,25 +200,6 @@ def _mlp_spec(architecture: Architecture) -> ModuleSpec:
     )
 
 
-class Decoder(GPTModel):
-    """megatron-core's GPT model whose padding rows of the vocabulary never get probability."""
-
-    def __init__(self, *arguments: Any, true_vocabulary: int, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.true_vocabulary = true_vocabulary
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy a token, ``[b, s]``, over the true vocabulary."""
-        losses_sb = vocabulary_cross_entropy(
-            logits,
-            labels.transpose(0, 1),
-            true_vocabulary=self.true_vocabulary,
-            rank=parallel_state.get_tensor_model_parallel_rank(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-        return losses_sb.transpose(0, 1)
-
-
 def build_chunks(
     architecture: Architecture,
     vocabulary: int,
@@ -246,27 +230,42 @@ def _build_chunk(
     device: str,
 ) -> Decoder:
     virtual = stage if layout.virtual_pipeline > 1 else None
-    spec = layer_spec(architecture, device)
-    layers = get_num_layers_to_build(config, vp_stage=virtual)
-    submodules = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
+    options: dict[str, Any] = {
+        "config": config,
+        "transformer_layer_spec": _block_spec(architecture, config, virtual, device),
+        "vocab_size": architecture.padded_vocabulary(vocabulary, layout.tensor),
+        "max_sequence_length": architecture.sequence_length,
+        "pre_process": first,
+        "post_process": last,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": architecture.tied,
+        "vp_stage": virtual,
+        "true_vocabulary": vocabulary,
+    }
+    if architecture.decoders:
+        return EncoderDecoder(architecture=architecture, position_embedding_type="none", **options)
     return Decoder(
-        config=config,
-        transformer_layer_spec=submodules,
-        vocab_size=architecture.padded_vocabulary(vocabulary, layout.tensor),
-        max_sequence_length=architecture.sequence_length,
-        pre_process=first,
-        post_process=last,
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope" if architecture.rotary else "learned_absolute",
         rotary_base=int(architecture.rotary_base),
         rope_scaling=architecture.rotary_scaling_factor is not None,
         rope_scaling_factor=architecture.rotary_scaling_factor or 1.0,
-        vp_stage=virtual,
-        true_vocabulary=vocabulary,
+        **options,
     )
+
+
+def _block_spec(
+    architecture: Architecture, config: TransformerConfig, virtual: int | None, device: str
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk, and the norm after the last of all."""
+    layers = get_num_layers_to_build(config, vp_stage=virtual)
+    if architecture.decoders:
+        first = get_transformer_layer_offset(config, virtual)
+        specs = [encoder_decoder_layer(architecture, first + layer) for layer in range(layers)]
+    else:
+        specs = [layer_spec(architecture, device)] * layers
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
 
 
 def inner_model(chunk: torch.nn.Module) -> Decoder:

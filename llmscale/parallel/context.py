@@ -13,8 +13,11 @@ from torch import Tensor
 
 def own_places(length: int, rank: int, ranks: int) -> Tensor:
     """Where this rank's tokens stand in the whole sequence: ``[length / ranks]``."""
-    pieces = torch.arange(length).chunk(2 * ranks)
-    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]]) if ranks > 1 else pieces[0]
+    places = torch.arange(length)
+    if ranks == 1:
+        return places
+    pieces = places.chunk(2 * ranks)
+    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
 
 
 def all_places(length: int, ranks: int) -> Tensor:

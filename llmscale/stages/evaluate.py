@@ -68,6 +68,17 @@ class Evaluate(Stage):
             yield Problem((), "measures nothing; add perplexity or samples")
         if self.perplexity is not None:
             yield from self._perplexity_problems(self.perplexity, view)
+        yield from self._objective_problems(view)
+
+    def _objective_problems(self, view: RecipeView) -> Iterator[Problem]:
+        trained = view.stages.get(self.model)
+        model = getattr(trained, "model", None)
+        if model is not None and model.traits.objective != "causal":
+            yield Problem(
+                ("model",),
+                f"{self.model} trains {model.family}, which does not go on from a text, so has "
+                "neither perplexity nor samples; remove this stage",
+            )
 
     def _perplexity_problems(self, perplexity: Perplexity, view: RecipeView) -> Iterator[Problem]:
         if (perplexity.split is None) == (perplexity.text is None):

@@ -1,4 +1,4 @@
-"""Pretraining a decoder on a tokenized corpus, at any layout."""
+"""Pretraining a model on a tokenized corpus, at any layout."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 
 from llmscale.artifacts import folder_fingerprint
 from llmscale.clusters.base import ClusterSettings, Task
+from llmscale.data.span_lengths import SHORTEST_INPUT, span_lengths
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture
@@ -22,6 +23,7 @@ from llmscale.stages.base import (
     StageOrFolder,
     Workspace,
 )
+from llmscale.stages.tokenizer import Tokenizer
 from llmscale.training.settings import (
     Batch,
     Checkpointing,
@@ -76,7 +78,7 @@ class Pretrain(Stage):
 
     @property
     def window(self) -> int:
-        """Tokens a training sample predicts."""
+        """Tokens of a training sample that the model reads."""
         return self.sequence_length or self.architecture().sequence_length
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
@@ -101,11 +103,31 @@ class Pretrain(Stage):
             )
             yield from under("batch", batch_problems)
         yield from under("optimizer", self.optimizer.problems(self.steps))
+        if architecture.traits.objective == "spans":
+            yield from self._span_problems(architecture, view)
         if self.window > architecture.sequence_length:
             yield Problem(
                 ("sequence_length",),
                 f"{self.window} is above the model's {architecture.sequence_length}; "
                 f"use at most {architecture.sequence_length}",
+            )
+
+    def _span_problems(self, architecture: Architecture, view: RecipeView) -> Iterator[Problem]:
+        if self.separate_documents:
+            yield Problem(
+                ("separate_documents",), f"{architecture.family} cannot keep them apart; remove it"
+            )
+        if self.window < SHORTEST_INPUT:
+            yield Problem(
+                ("sequence_length",),
+                f"{self.window} is too short to take spans out; use at least {SHORTEST_INPUT}",
+            )
+        tokenizer, needed = view.stages.get(self.tokenizer), span_lengths(self.window).spans
+        if isinstance(tokenizer, Tokenizer) and tokenizer.sentinels < needed:
+            yield Problem(
+                ("tokenizer",),
+                f"{self.tokenizer} has {tokenizer.sentinels} sentinels, but t5 needs {needed} at "
+                f"sequence_length {self.window}; set sentinels: {needed} in {self.tokenizer}",
             )
 
     def _checked_architecture(self) -> Architecture:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llmscale.artifacts import StageFolder, publish_folder, read_json
+from llmscale.artifacts import StageFolder, publish_folder, read_json, write_json
+from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface import HuggingFaceWeights, export, fill
 from llmscale.parallel.layout import Layout
@@ -59,9 +60,9 @@ def pretrain(stage: Pretrain, workspace: Workspace) -> None:
         say = print if world.first else _silent
         checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
         state = _restored_or_initial(stage, workspace, engine, checkpoints)
-        log = _log(stage, workspace, world, engine, state)
         samples = token_samples(stage, workspace, "train")
         assert samples is not None, "make_tokens refuses a training split that is too short"
+        log = _log(stage, workspace, world, engine, state, samples.sequence_length)
         trainer = Trainer(
             engine=engine,
             objective=objective(stage, workspace),
@@ -115,21 +116,21 @@ def _log(
     world: World,
     engine: MegatronEngine,
     state: TrainingState,
+    sample_length: int,
 ) -> TrainingLog | None:
-    """The log of rank 0; the peak is measured while the other ranks wait."""
+    """The log of rank 0, by tokens of text; the peak is measured while the other ranks wait."""
     log = None
     if world.first:
         peak = peak_flops(world.device, stage.precision)
         if peak is not None and world.device.type == "cuda":
             peak *= world.ranks
+        flops = engine.architecture.flops_per_sample(engine.vocabulary, stage.window)
         log = TrainingLog(
             workspace.folder,
             workspace.progress,
             steps=stage.steps,
             resumed_step=state.step,
-            flops_per_token=(
-                engine.architecture.flops_per_sample(engine.vocabulary, stage.window) / stage.window
-            ),
+            flops_per_token=flops / sample_length,
             peak_flops=peak,
         )
     dist.barrier()
@@ -172,8 +173,18 @@ def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path) -> None
     dist.barrier()
     export(engine.chunks, engine.architecture, engine.vocabulary, beside)
     if dist.get_rank() == 0:
+        if engine.architecture.decoders:
+            _name_special_tokens(beside)
         publish_folder(beside, target)
     dist.barrier()
+
+
+def _name_special_tokens(folder: Path) -> None:
+    """Tells transformers' T5 which tokens end a text, pad it, and start its decoder."""
+    tokenizer = load_tokenizer(folder)
+    padding, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    special = {"pad_token_id": padding, "eos_token_id": end, "decoder_start_token_id": padding}
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **special})
 
 
 def export_at_one_rank(

@@ -14,23 +14,25 @@ BYTE_ALPHABET = 256
 
 
 class Tokenizer(Stage):
-    """``kind: tokenizer``."""
+    """``kind: tokenizer``. ``sentinels`` are tokens for spans taken out of texts, for t5."""
 
     kind: Literal["tokenizer"]
     corpus: str
     algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     vocabulary_size: int = Field(ge=64, le=2**20)
+    sentinels: int = Field(default=0, ge=0, le=2**16)
 
     product: ClassVar[str] = "tokenizer"
     links: ClassVar[Mapping[str, Link]] = {"corpus": Link(("prepare",))}
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
-        smallest = BYTE_ALPHABET + 2
-        if self.algorithm != "wordpiece" and self.vocabulary_size < smallest:
+        special = 2 + self.sentinels
+        smallest = special + (0 if self.algorithm == "wordpiece" else BYTE_ALPHABET)
+        if self.vocabulary_size < smallest:
             yield Problem(
                 ("vocabulary_size",),
-                f"{self.vocabulary_size} is below the {BYTE_ALPHABET} bytes and 2 special tokens; "
-                f"use at least {smallest}",
+                f"{self.vocabulary_size} is below the {smallest - special} bytes and {special} "
+                f"special tokens; use at least {smallest}",
             )
 
     def run(self, task: str, workspace: Workspace) -> None:
@@ -39,7 +41,7 @@ class Tokenizer(Stage):
         corpus = workspace.inputs["corpus"]
         workspace.progress.update(0, 1, "tokenizer", "learning merges")
         tokenizer = train_tokenizer(
-            read_split(corpus, "train"), self.algorithm, self.vocabulary_size
+            read_split(corpus, "train"), self.algorithm, self.vocabulary_size, self.sentinels
         )
         with new_folder(workspace.folder.path / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)

@@ -1,17 +1,20 @@
 """The corpus as tokens on disk: made once, by one process, before any rank starts."""
 
+from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 from llmscale.artifacts import new_folder, read_json, write_json
 from llmscale.data.corpus import SPLITS, read_split
 from llmscale.data.samples import Samples
-from llmscale.data.tokenizer import load_tokenizer
+from llmscale.data.span_lengths import span_lengths
+from llmscale.data.tokenizer import load_tokenizer, sentinel
 from llmscale.data.tokens import TokenStream, write_tokens
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
 from llmscale.stages.base import Workspace
 from llmscale.stages.pretrain import Pretrain
-from llmscale.training.objectives import Causal, Objective
+from llmscale.training.objectives import Causal, Objective, Spans
 
 ABOUT = "tokens.json"
 
@@ -44,12 +47,15 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
         about = {
             "vocabulary": _vocabulary(stage, len(tokenizer)),
             "end_of_text": tokenizer.eos_token_id,
+            "padding": tokenizer.pad_token_id,
+            "sentinels": _sentinels(tokenizer.get_vocab()),
             **counts,
         }
-        if counts["train"] <= stage.window:
+        window = _objective(stage, about, workspace).sample_length(stage.window)
+        if counts["train"] <= window:
             raise RecipeError(
                 f"the training split has {counts['train']} tokens, too few for one sample of "
-                f"{stage.window} + 1; add text or lower sequence_length"
+                f"{window} + 1; add text or lower sequence_length"
             )
         write_json(beside / ABOUT, about)
     workspace.folder.add_metrics(tokens=counts)
@@ -70,14 +76,50 @@ def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
 
 def token_samples(stage: Pretrain, workspace: Workspace, split: str) -> Samples | None:
     """The samples of a split; None if it is too short for one."""
-    stream_tokens = read_json(workspace.folder.path / "tokens" / ABOUT)[split]
-    if stream_tokens <= stage.window:
+    about = read_json(workspace.folder.path / "tokens" / ABOUT)
+    window = _objective(stage, about, workspace).sample_length(stage.window)
+    if about[split] <= window:
         return None
     stream = TokenStream(workspace.folder.path / "tokens" / split)
-    return Samples(stream, stage.window, workspace.seed)
+    return Samples(stream, window, workspace.seed)
 
 
 def objective(stage: Pretrain, workspace: Workspace) -> Objective:
     """What the stage's model learns to predict."""
     about = read_json(workspace.folder.path / "tokens" / ABOUT)
+    return _objective(stage, about, workspace)
+
+
+def _objective(stage: Pretrain, about: dict[str, Any], workspace: Workspace) -> Objective:
+    if stage.architecture().traits.objective == "spans":
+        return _spans(stage, about, workspace)
     return Causal(about["end_of_text"] if stage.separate_documents else None)
+
+
+def _spans(stage: Pretrain, about: dict[str, Any], workspace: Workspace) -> Spans:
+    """T5's objective.
+
+    Raises:
+        RecipeError: if the tokenizer lacks tokens that it needs.
+    """
+    sentinels, needed = about["sentinels"], span_lengths(stage.window).spans
+    lacking = [name for name in ("padding", "end_of_text") if about[name] is None]
+    if lacking or len(sentinels) < needed:
+        has = f"no {lacking[0]} token" if lacking else f"{len(sentinels)} sentinels"
+        raise RecipeError(
+            f"{workspace.inputs['tokenizer']}: the tokenizer has {has}, but t5 needs {needed} "
+            f"sentinels ({sentinel(0)}, ...), padding and an end; use another tokenizer"
+        )
+    return Spans(
+        sequence_length=stage.window,
+        sentinels=tuple(sentinels),
+        padding=about["padding"],
+        end=about["end_of_text"],
+        seed=workspace.seed,
+    )
+
+
+def _sentinels(vocabulary: dict[str, int]) -> list[int]:
+    """The tokens for spans taken out of texts, as many as there are without a gap."""
+    names = takewhile(vocabulary.__contains__, map(sentinel, count()))
+    return [vocabulary[name] for name in names]

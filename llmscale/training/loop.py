@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from llmscale.data.samples import Samples, rank_places
 from llmscale.errors import Interrupted, StageError
-from llmscale.training.batches import TokenBatch
+from llmscale.training.batches import ModelBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.log import TrainingLog
 from llmscale.training.megatron_engine import MegatronEngine, StepResult
@@ -155,7 +155,7 @@ class Trainer:
         total, tokens = self.engine.evaluate(batches)
         return total / tokens
 
-    def _validation_batch(self, samples: Samples, numbers: range, count: int) -> TokenBatch:
+    def _validation_batch(self, samples: Samples, numbers: range, count: int) -> ModelBatch:
         """Numbers past the last sample only fill the micro-batch up; their tokens do not count."""
         present = [min(number, count - 1) for number in numbers]
         windows = np.stack([samples.window(number) for number in present])

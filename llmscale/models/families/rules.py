@@ -4,6 +4,7 @@ from llmscale.models.architecture import Architecture
 from llmscale.models.families.base import Rules
 from llmscale.models.families.gpt2 import Gpt2
 from llmscale.models.families.llama import Llama
+from llmscale.models.families.t5 import T5
 
 FAMILIES: dict[str, type[Rules]] = {
     "llama": Llama,
@@ -11,6 +12,7 @@ FAMILIES: dict[str, type[Rules]] = {
     "qwen3": Llama,
     "mixtral": Llama,
     "gpt2": Gpt2,
+    "t5": T5,
 }
 
 
