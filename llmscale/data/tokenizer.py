@@ -15,21 +15,32 @@ MASK = "<|mask|>"
 SPECIAL_TOKENS = [END_OF_TEXT, PADDING]
 
 
+def sentinel(number: int) -> str:
+    """What stands for a span that is taken out of a text (T5's names)."""
+    return f"<extra_id_{number}>"
+
+
 def train_tokenizer(
-    texts: Iterator[str], algorithm: Algorithm, vocabulary_size: int, mask_token: bool = False
+    texts: Iterator[str],
+    algorithm: Algorithm,
+    vocabulary_size: int,
+    *,
+    mask_token: bool = False,
+    sentinels: int = 0,
 ) -> Any:
     """Trains a tokenizer; returns it as a ``transformers`` fast tokenizer.
 
     BPE and Unigram work on bytes, so every text can be written and read back exactly.
     The end of a text and padding are distinct tokens (0 and 1). ``mask_token`` adds one that
-    stands for tokens to be guessed.
+    stands for tokens to be guessed, ``sentinels`` as many as stand for spans taken out.
     """
     from transformers import PreTrainedTokenizerFast
 
     more = {"unk_token": UNKNOWN} if algorithm == "wordpiece" else {}
     if mask_token:
         more["mask_token"] = MASK
-    tokenizer, trainer = _parts(algorithm, vocabulary_size, [*SPECIAL_TOKENS, *more.values()])
+    special = [*SPECIAL_TOKENS, *more.values(), *map(sentinel, range(sentinels))]
+    tokenizer, trainer = _parts(algorithm, vocabulary_size, special)
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -22,8 +22,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         traits = FAMILIES.get(config.model_type)
-        if traits is not None and traits.objective == "masked":
-            raise ValueError(f"{config.model_type} guesses masked tokens and writes no text")
+        if traits is not None and traits.objective != "causal":
+            raise ValueError(f"{config.model_type} does not go on from a text")
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
         )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from llmscale.data.span_lengths import span_lengths
 from llmscale.parallel.layout import Layout
 from llmscale.settings import (
     Problem,
@@ -203,7 +204,7 @@ class Architecture(Settings):
         one = (inputs + 1) * hidden * self.ffn + (inputs * self.ffn + hidden) * self.biased
         return self.experts * (one + hidden) if self.experts else one
 
-    def flops_per_sample(self, vocabulary: int, sequence_length: int, target: int = 0) -> float:
+    def flops_per_sample(self, vocabulary: int, sequence_length: int) -> float:
         """Model FLOP to train on one sample, forward and backward, without recompute.
 
         6 for every weight of a matrix product that a token passes, and for attention's scores
@@ -211,8 +212,7 @@ class Architecture(Settings):
         (Chowdhery et al. 2022, appendix B counts the whole).
 
         Args:
-            sequence_length: tokens the model reads.
-            target: tokens t5's decoder predicts.
+            sequence_length: tokens the model reads; t5's decoder predicts what was taken out.
         """
         hidden = self.hidden_size
         width, keys = self.attention_heads * self.head, self.groups * self.head
@@ -225,6 +225,7 @@ class Architecture(Settings):
             square /= 2
         if self.family != "t5":
             return 6.0 * sequence_length * (self.layers * inner + outer) + self.layers * square
+        target = span_lengths(sequence_length).target
         cross_inputs = 2 * hidden * width
         decoder = target * (inner + 2 * hidden * width) + sequence_length * cross_inputs
         scores = 12 * width * (target * target / 2 + target * sequence_length)
@@ -254,6 +255,11 @@ class Architecture(Settings):
             yield self._odd_head()
         if self.family == "mixtral":
             yield from self._expert_problems()
+        if (
+            self.family == "t5"
+            and self.initial_std != type(self).model_fields["initial_std"].default
+        ):
+            yield Problem(("initial_std",), "t5 has spreads of its own; remove it")
         if self.relative_distance <= self.relative_buckets // 2:
             yield Problem(
                 ("relative_distance",),
@@ -335,7 +341,14 @@ class Architecture(Settings):
                     f"use {choices(nearest(fitting, layout.tensor))}",
                 )
         yield from self._expert_layout_problems(layout)
-        yield from layout.length_problems(sequence_length or self.sequence_length)
+        yield from self.length_problems(layout, sequence_length or self.sequence_length)
+
+    def length_problems(self, layout: Layout, length: int) -> Iterator[Problem]:
+        """What stops samples of ``length`` tokens at this layout; paths are the layout's keys."""
+        misfits = list(layout.length_problems(length))
+        yield from misfits
+        if self.traits.objective == "spans" and not misfits:
+            yield from _target_problems(layout, length)
 
     def _expert_layout_problems(self, layout: Layout) -> Iterator[Problem]:
         if layout.expert > 1 and not self.experts:
@@ -353,3 +366,20 @@ class Architecture(Settings):
         """Rows of the embedding table; rows past ``vocabulary`` never take part in a loss."""
         multiple = math.lcm(VOCABULARY_MULTIPLE, tensor)
         return -(-vocabulary // multiple) * multiple
+
+
+def _target_problems(layout: Layout, length: int) -> Iterator[Problem]:
+    """What stops the tokens that t5 predicts from being split as its input is."""
+    target = span_lengths(length).target
+    for problem in layout.length_problems(target):
+        fitting = (
+            longer
+            for longer in range(2 * length, 65 * length, length)
+            if not any(layout.length_problems(span_lengths(longer).target))
+        )
+        mend = next((f"use sequence_length {longer}, or fewer ranks" for longer in fitting), None)
+        yield Problem(
+            problem.path,
+            f"cannot split the {target} tokens that t5 predicts of sequence_length {length}; "
+            f"{mend or 'use fewer ranks'}",
+        )

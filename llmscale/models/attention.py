@@ -5,6 +5,7 @@ d head size.
 """
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,15 @@ class CoreAttention(MegatronModule):
 
     Keys and values are gathered over the group; queries stay where they are. Queries see the
     keys of their own segment alone: a packed document, or the tokens that are no padding.
+    Keys may be of another sequence than queries (cross attention).
+
+    Attributes:
+        position_bias: gives what is added to the scores, ``[1, n, s, t]``, for queries' places
+            ``[s]`` and the number of keys. It is called here, not before, so that recomputing
+            attention computes it anew, with a graph of its own.
     """
+
+    position_bias: Callable[[Tensor, int], Tensor] | None = None
 
     def __init__(
         self,
@@ -76,6 +85,9 @@ class CoreAttention(MegatronModule):
         length, batch = query_sbnd.shape[:2]
         group = parallel_state.get_context_parallel_group()
         key, value = (whole_sequence(own, group) for own in (key_sbkd, value_sbkd))
+        if self.position_bias is not None:
+            places_s = own_places(length * group.size(), group.rank(), group.size())
+            attention_bias = self.position_bias(places_s.to(query_sbnd.device), key.shape[0])
         plain = segments_bt is None and attention_bias is None
         flash = flash_attention(query_sbnd.device.type, query_sbnd.dtype)
         if plain and flash is not None:

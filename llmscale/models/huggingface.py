@@ -44,6 +44,8 @@ class HuggingFaceWeights:
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
             name = _former_name(name)
+        if name not in self._files and name == "lm_head.weight":
+            name = "shared.weight"  # T5 of version 1.1 whose tables are equal
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 

@@ -245,7 +245,10 @@ def _read_t5(reader: _Reader, config: Config) -> Config:
         "ffn_size": config["d_ff"],
         "sequence_length": config.get("n_positions", 512),
         "norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
-        "tied_embeddings": config.get("tie_word_embeddings", True),
+        # transformers 5 writes tie_word_embeddings: true for models whose tables are not tied.
+        "tied_embeddings": config.get(
+            "scale_decoder_outputs", config.get("tie_word_embeddings", True)
+        ),
         "gated": gated,
         "relative_buckets": config.get("relative_attention_num_buckets", 32),
         "relative_distance": config.get("relative_attention_max_distance", 128),
@@ -263,6 +266,7 @@ def _t5(a: Architecture) -> Config:
         "n_positions": a.sequence_length,
         "layer_norm_epsilon": a.norm_epsilon,
         "feed_forward_proj": GATED_GELU if a.gated_ffn else "relu",
+        "scale_decoder_outputs": a.tied,
         "relative_attention_num_buckets": a.relative_buckets,
         "relative_attention_max_distance": a.relative_distance,
     }

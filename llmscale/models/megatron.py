@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 from llmscale.models.architecture import Architecture
 from llmscale.models.attention import CoreAttention, transformer_engine_available
 from llmscale.models.encoder import Encoder, MaskedHead, encoder_layer_spec
+from llmscale.models.encoder_decoder import EncoderDecoder, encoder_decoder_layer
 from llmscale.models.language_model import LanguageModel
 from llmscale.models.norms import Norm
 from llmscale.models.router import BalancedRouter
@@ -87,6 +89,7 @@ def transformer_config(
         add_bias_linear=architecture.biased,
         add_qkv_bias=architecture.query_bias,
         qk_layernorm=architecture.traits.query_key_norm,
+        softmax_scale=1.0 if architecture.traits.positions == "relative" else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=_left_to_fill,
@@ -114,6 +117,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         moe_router_dtype="fp32",
         moe_grouped_gemm=architecture.experts is not None and transformer_engine_available(device),
+        hetereogenous_dist_checkpoint=architecture.decoders > 0,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=device == "cuda",  # gloo may still be sending them
         # With two stages the next rank is the previous one too: batched messages get mixed up.
@@ -240,29 +244,46 @@ def _build_chunk(
     device: str,
 ) -> LanguageModel:
     virtual = stage if layout.virtual_pipeline > 1 else None
-    masked = architecture.traits.objective == "masked"
-    spec = encoder_layer_spec() if masked else layer_spec(architecture, device)
-    model, head = (Encoder, MaskedHead) if masked else (LanguageModel, Norm)
-    layers = get_num_layers_to_build(config, vp_stage=virtual)
-    submodules = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=head)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
+    options: dict[str, Any] = {
+        "config": config,
+        "transformer_layer_spec": _block_spec(architecture, config, virtual, device),
+        "vocab_size": architecture.padded_vocabulary(vocabulary, layout.tensor),
+        "max_sequence_length": architecture.sequence_length,
+        "pre_process": first,
+        "post_process": last,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": architecture.tied,
+        "vp_stage": virtual,
+        "true_vocabulary": vocabulary,
+    }
+    if architecture.decoders:
+        return EncoderDecoder(architecture=architecture, position_embedding_type="none", **options)
+    model = Encoder if architecture.traits.objective == "masked" else LanguageModel
     return model(
-        config=config,
-        transformer_layer_spec=submodules,
-        vocab_size=architecture.padded_vocabulary(vocabulary, layout.tensor),
-        max_sequence_length=architecture.sequence_length,
-        pre_process=first,
-        post_process=last,
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope" if architecture.rotary else "learned_absolute",
         rotary_base=int(architecture.rotary_base),
         rope_scaling=architecture.rotary_scaling_factor is not None,
         rope_scaling_factor=architecture.rotary_scaling_factor or 1.0,
-        vp_stage=virtual,
-        true_vocabulary=vocabulary,
+        **options,
     )
+
+
+def _block_spec(
+    architecture: Architecture, config: TransformerConfig, virtual: int | None, device: str
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk, and the norm after the last of all."""
+    layers = get_num_layers_to_build(config, vp_stage=virtual)
+    if architecture.decoders:
+        first = get_transformer_layer_offset(config, virtual)
+        specs = [encoder_decoder_layer(architecture, first + layer) for layer in range(layers)]
+        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+    if architecture.traits.objective == "masked":
+        specs = [encoder_layer_spec()] * layers
+        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=MaskedHead)
+    specs = [layer_spec(architecture, device)] * layers
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
 
 
 def inner_model(chunk: torch.nn.Module) -> LanguageModel:

@@ -70,7 +70,10 @@ class Stacked:
 
 @dataclass(frozen=True)
 class QueryKeyValue:
-    """Query, key and value rows interleaved by key-value head, then cut by those heads."""
+    """Query, key and value rows interleaved by key-value head, then cut by those heads.
+
+    Cross attention has keys and values alone.
+    """
 
     groups: int
     head: int
@@ -85,7 +88,8 @@ class QueryKeyValue:
         tail = whole.shape[1:]
         by_group = whole.reshape(self.groups, -1, *tail)
         queries = by_group.shape[1] - 2 * self.head
-        parts = by_group.split([queries, self.head, self.head], 1)
+        sizes = [queries, self.head, self.head] if queries else [self.head, self.head]
+        parts = by_group.split(sizes, 1)
         return [part.reshape(-1, *tail) for part in parts]
 
 

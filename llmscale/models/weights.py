@@ -17,19 +17,22 @@ from llmscale.models.shards import Form
 class Weight:
     """One Megatron parameter: its Hugging Face tensors, their shapes, and initial spread.
 
-    ``initial_std`` is 0 for biases, and None for norms, which begin at one.
+    ``initial_std`` is 0 for biases, None for norms, which begin at one, and several numbers
+    where the tensors' spreads differ.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     form: Form
-    initial_std: float | None
+    initial_std: float | tuple[float, ...] | None
 
     def initial(self, seed: int) -> list[Tensor]:
         """The whole initial tensors, in fp32."""
+        std = self.initial_std
+        stds = std if isinstance(std, tuple) else (std,) * len(self.names)
         return [
-            initial_tensor(name, shape, self.initial_std, seed)
-            for name, shape in zip(self.names, self.shapes, strict=True)
+            initial_tensor(name, shape, own_std, seed)
+            for name, shape, own_std in zip(self.names, self.shapes, stds, strict=True)
         ]
 
 

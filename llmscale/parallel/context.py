@@ -13,9 +13,10 @@ from torch import Tensor
 
 def own_places(length: int, rank: int, ranks: int) -> Tensor:
     """Where this rank's tokens stand in the whole sequence: ``[length / ranks]``."""
+    places = torch.arange(length)
     if ranks == 1:
-        return torch.arange(length)
-    pieces = torch.arange(length).chunk(2 * ranks)
+        return places
+    pieces = places.chunk(2 * ranks)
     return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])
 
 

@@ -105,19 +105,29 @@ def process_groups(layout: Layout, seed: int) -> Iterator[None]:
     """megatron-core's groups for a layout, and its random states, destroyed at the end."""
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
-        ),
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
-        create_gloo_process_groups=False,
-    )
+    create_group, created = parallel_state.create_group, []
+
+    def create_and_keep(*arguments: Any, **options: Any) -> Any:
+        created.append(create_group(*arguments, **options))
+        return created[-1]
+
+    with patch.object(parallel_state, "create_group", create_and_keep):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
+        for group in created:
+            if isinstance(group, dist.ProcessGroup):
+                dist.destroy_process_group(group)  # megatron-core leaves them, with threads

@@ -12,6 +12,7 @@ from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Decoding, Generation, generate
+from llmscale.models.architecture import Architecture
 from llmscale.settings import Problem, Settings
 from llmscale.stages.base import (
     MODEL_FILES,
@@ -66,21 +67,22 @@ class Evaluate(Stage):
     def problems(self, view: RecipeView) -> Iterator[Problem]:
         if self.perplexity is None and self.samples is None:
             yield Problem((), "measures nothing; add perplexity or samples")
-        if self._guesses_masked_tokens(view):
-            yield Problem(
-                ("model",),
-                f"{self.model} guesses masked tokens, so it has no perplexity and writes no text; "
-                f"remove this stage: {self.model} itself tells its validation loss",
-            )
         if self.perplexity is not None:
             yield from self._perplexity_problems(self.perplexity, view)
+        yield from self._objective_problems(view)
 
-    def _guesses_masked_tokens(self, view: RecipeView) -> bool:
-        stage = view.stages.get(self.model)
+    def _objective_problems(self, view: RecipeView) -> Iterator[Problem]:
+        trained = view.stages.get(self.model)
         try:
-            return getattr(stage, "masked", False)
-        except RecipeError:
-            return False  # the stage says itself what is wrong with its model
+            model: Architecture | None = trained.architecture() if trained else None  # type: ignore[attr-defined]
+        except (AttributeError, RecipeError):
+            return  # no training stage, or one that says itself what is wrong with its model
+        if model is not None and model.traits.objective != "causal":
+            yield Problem(
+                ("model",),
+                f"{self.model} trains {model.family}, which does not go on from a text, so it has "
+                "neither perplexity nor samples; remove this stage",
+            )
 
     def _perplexity_problems(self, perplexity: Perplexity, view: RecipeView) -> Iterator[Problem]:
         if (perplexity.split is None) == (perplexity.text is None):

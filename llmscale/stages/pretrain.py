@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 
 from llmscale.artifacts import folder_fingerprint
 from llmscale.clusters.base import ClusterSettings, Task
+from llmscale.data.span_lengths import SHORTEST_INPUT, span_lengths
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture
@@ -23,7 +24,8 @@ from llmscale.stages.base import (
     StageOrFolder,
     Workspace,
 )
-from llmscale.training.curriculum import Phase, Span, Weights, lay_out, step_problems
+from llmscale.stages.tokenizer import Tokenizer
+from llmscale.training.curriculum import Phase, PlacedPhase, Weights, lay_out, step_problems
 from llmscale.training.settings import (
     Batch,
     Checkpointing,
@@ -83,13 +85,8 @@ class Pretrain(Stage):
         return read_architecture(Path(str(self.start_from)))
 
     @property
-    def masked(self) -> bool:
-        """Whether the model guesses masked tokens, not the next one."""
-        return self.architecture().traits.objective == "masked"
-
-    @property
     def window(self) -> int:
-        """Tokens a training sample predicts."""
+        """Tokens of a training sample that the model reads."""
         return self.sequence_length or self.architecture().sequence_length
 
     def named(self) -> Iterator[Named]:
@@ -110,7 +107,7 @@ class Pretrain(Stage):
         """Each corpus that is read, and the key of its folder among the stage's inputs."""
         return {named.name: named.key for named in self.named() if named.link is CORPUS}
 
-    def spans(self) -> tuple[Span, ...]:
+    def phases(self) -> tuple[PlacedPhase, ...]:
         """The phases of training, in order."""
         weights = self.blend or {str(self.corpus): 1.0}
         return lay_out(self.curriculum, self.batch, self.window, weights)
@@ -125,12 +122,7 @@ class Pretrain(Stage):
             yield Problem((key,), str(error))
             return
         yield from under("model", architecture.problems())
-        if self.masked and not getattr(view.stages.get(self.tokenizer), "mask_token", True):
-            yield Problem(
-                ("tokenizer",),
-                f"{self.tokenizer} has no mask token, which {architecture.family} needs; "
-                f"set stages.{self.tokenizer}.mask_token: true",
-            )
+        yield from self._tokenizer_problems(architecture, view)
         misfits = [
             *architecture.layout_problems(layout, self.sequence_length),
             *layout.problems(ranks=ranks),
@@ -144,12 +136,8 @@ class Pretrain(Stage):
             )
             yield from under("batch", batch_problems)
         yield from under("optimizer", self.optimizer.problems(self.steps))
-        if self.window > architecture.sequence_length:
-            yield Problem(
-                ("sequence_length",),
-                f"{self.window} is above the model's {architecture.sequence_length}; "
-                f"use at most {architecture.sequence_length}",
-            )
+        if (wrong := _wrong_length(architecture, self.window)) is not None:
+            yield Problem(("sequence_length",), wrong)
         yield from under("curriculum", step_problems(self.curriculum, self.steps))
         yield from self._phase_length_problems(architecture)
 
@@ -171,15 +159,42 @@ class Pretrain(Stage):
     def _phase_length_problems(self, architecture: Architecture) -> Iterator[Problem]:
         for number, phase in enumerate(self.curriculum):
             length, path = phase.sequence_length, ("curriculum", str(number), "sequence_length")
-            if length is not None and length > architecture.sequence_length:
-                yield Problem(
-                    path,
-                    f"{length} is above the model's {architecture.sequence_length}; "
-                    f"use at most {architecture.sequence_length}",
-                )
-            elif length is not None:
-                misfits = self.parallel.length_problems(length)
+            if length is None:
+                continue
+            if (wrong := _wrong_length(architecture, length)) is not None:
+                yield Problem(path, wrong)
+            else:
+                misfits = architecture.length_problems(self.parallel, length)
                 yield from (Problem(path, problem.message) for problem in misfits)
+
+    def _tokenizer_problems(
+        self, architecture: Architecture, view: RecipeView
+    ) -> Iterator[Problem]:
+        tokenizer, kind = view.stages.get(self.tokenizer), architecture.traits.objective
+        if kind == "spans" and self.separate_documents:
+            yield Problem(
+                ("separate_documents",), f"{architecture.family} cannot keep them apart; remove it"
+            )
+        if not isinstance(tokenizer, Tokenizer):
+            return
+        if kind == "masked" and not tokenizer.mask_token:
+            yield Problem(
+                ("tokenizer",),
+                f"{self.tokenizer} has no mask token, which {architecture.family} needs; "
+                f"set stages.{self.tokenizer}.mask_token: true",
+            )
+        if kind == "spans" and tokenizer.sentinels < self.sentinels():
+            yield Problem(
+                ("tokenizer",),
+                f"{self.tokenizer} has {tokenizer.sentinels} sentinels, but {architecture.family} "
+                f"needs {self.sentinels()}; "
+                f"set stages.{self.tokenizer}.sentinels: {self.sentinels()}",
+            )
+
+    def sentinels(self) -> int:
+        """How many spans t5 has taken out of its longest samples."""
+        lengths = [phase.sequence_length or self.window for phase in self.curriculum]
+        return span_lengths(max([self.window, *lengths])).spans
 
     def _checked_architecture(self) -> Architecture:
         if (self.model is None) == (self.start_from is None):
@@ -202,3 +217,12 @@ class Pretrain(Stage):
             from llmscale.stages.pretrain_rank import pretrain
 
             pretrain(self, workspace)
+
+
+def _wrong_length(architecture: Architecture, length: int) -> str | None:
+    if length > architecture.sequence_length:
+        longest = architecture.sequence_length
+        return f"{length} is above the model's {longest}; use at most {longest}"
+    if architecture.traits.objective == "spans" and length < SHORTEST_INPUT:
+        return f"{length} is too short to take spans out; use at least {SHORTEST_INPUT}"
+    return None

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llmscale.artifacts import StageFolder, publish_folder, read_json
+from llmscale.artifacts import StageFolder, publish_folder, read_json, write_json
+from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface import HuggingFaceWeights, export, fill
 from llmscale.parallel.layout import Layout
@@ -13,7 +14,7 @@ from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
 from llmscale.stages.imported import is_import, load_imported
 from llmscale.stages.pretrain import Pretrain
-from llmscale.stages.tokens import ABOUT, objective, training_data, validation_data
+from llmscale.stages.tokens import ABOUT, training_data, validation_data
 from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState
 from llmscale.training.log import TrainingLog
 from llmscale.training.loop import Trainer
@@ -62,7 +63,6 @@ def pretrain(stage: Pretrain, workspace: Workspace) -> None:
         log = _log(stage, workspace, world, state)
         trainer = Trainer(
             engine=engine,
-            objective=objective(stage, workspace),
             data=training_data(stage, workspace),
             validation=validation_data(stage, workspace),
             steps=stage.steps,
@@ -162,8 +162,18 @@ def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path) -> None
     dist.barrier()
     export(engine.chunks, engine.architecture, engine.vocabulary, beside)
     if dist.get_rank() == 0:
+        if engine.architecture.decoders:
+            _name_special_tokens(beside)
         publish_folder(beside, target)
     dist.barrier()
+
+
+def _name_special_tokens(folder: Path) -> None:
+    """Tells transformers' T5 which tokens end a text, pad it, and start its decoder."""
+    tokenizer = load_tokenizer(folder)
+    padding, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    special = {"pad_token_id": padding, "eos_token_id": end, "decoder_start_token_id": padding}
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **special})
 
 
 def export_at_one_rank(

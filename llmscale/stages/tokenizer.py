@@ -14,26 +14,30 @@ BYTE_ALPHABET = 256
 
 
 class Tokenizer(Stage):
-    """``kind: tokenizer``. ``mask_token`` adds the token that models of family bert need."""
+    """``kind: tokenizer``.
+
+    ``mask_token`` adds the token that models of family bert need, and ``sentinels`` as many
+    tokens for spans taken out of texts, for t5.
+    """
 
     kind: Literal["tokenizer"]
     corpus: str
     algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     vocabulary_size: int = Field(ge=64, le=2**20)
     mask_token: bool = False
+    sentinels: int = Field(default=0, ge=0, le=2**16)
 
     product: ClassVar[str] = "tokenizer"
     links: ClassVar[Mapping[str, Link]] = {"corpus": Link(("prepare",))}
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
-        special = 2 + self.mask_token
-        smallest = BYTE_ALPHABET + special
-        if self.algorithm != "wordpiece" and self.vocabulary_size < smallest:
+        special = 2 + self.mask_token + self.sentinels
+        smallest = special + (0 if self.algorithm == "wordpiece" else BYTE_ALPHABET)
+        if self.vocabulary_size < smallest:
             yield Problem(
                 ("vocabulary_size",),
-                f"{self.vocabulary_size} is below the {BYTE_ALPHABET} bytes and {special} special "
-                f"tokens; "
-                f"use at least {smallest}",
+                f"{self.vocabulary_size} is below the {smallest - special} bytes and {special} "
+                f"special tokens; use at least {smallest}",
             )
 
     def run(self, task: str, workspace: Workspace) -> None:
@@ -42,7 +46,11 @@ class Tokenizer(Stage):
         corpus = workspace.inputs["corpus"]
         workspace.progress.update(0, 1, "tokenizer", "learning merges")
         tokenizer = train_tokenizer(
-            read_split(corpus, "train"), self.algorithm, self.vocabulary_size, self.mask_token
+            read_split(corpus, "train"),
+            self.algorithm,
+            self.vocabulary_size,
+            mask_token=self.mask_token,
+            sentinels=self.sentinels,
         )
         with new_folder(workspace.folder.path / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)

@@ -1,18 +1,20 @@
 """Corpora as tokens on disk: made once, by one process, before any rank starts."""
 
 from collections.abc import Mapping
+from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 from llmscale.artifacts import new_folder, read_json, write_json
 from llmscale.data.corpus import SPLITS, read_split
 from llmscale.data.samples import Samples
-from llmscale.data.tokenizer import load_tokenizer
+from llmscale.data.tokenizer import load_tokenizer, sentinel
 from llmscale.data.tokens import TokenStream, write_tokens
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
 from llmscale.stages.base import Workspace
 from llmscale.stages.pretrain import Pretrain
-from llmscale.training.curriculum import Span
+from llmscale.training.curriculum import PlacedPhase
 from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
 from llmscale.training.objectives import Objective, make_objective
 
@@ -30,11 +32,7 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
     if (folder / ABOUT).exists():
         return
     tokenizer = load_tokenizer(workspace.inputs["tokenizer"])
-    if stage.masked and tokenizer.mask_token_id is None:
-        raise RecipeError(
-            f"{workspace.inputs['tokenizer']}: the tokenizer has no mask token, which "
-            f"{stage.architecture().family} needs; give a folder whose tokenizer has one"
-        )
+    _require_tokens(stage, workspace.inputs["tokenizer"], tokenizer)
     corpora = {name: workspace.inputs[key] for name, key in stage.corpora().items()}
     documents = {
         (name, split): sum(1 for _ in read_split(corpus, split))
@@ -45,7 +43,7 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
     before = 0
     with new_folder(folder) as beside:
         counts: dict[str, dict[str, int]] = {name: {} for name in corpora}
-        for (name, split), count in documents.items():
+        for (name, split), size in documents.items():
 
             def on_document(number: int, before: int = before) -> None:
                 workspace.progress.update(before + number, total, "documents", "tokens")
@@ -53,27 +51,54 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
             texts = read_split(corpora[name], split)
             (beside / name).mkdir(exist_ok=True)
             counts[name][split] = write_tokens(texts, tokenizer, beside / name / split, on_document)
-            before += count
-        _require_a_sample(stage, counts)
+            before += size
         about = {
             "vocabulary": _vocabulary(stage, len(tokenizer)),
             "tokenizer_size": len(tokenizer),
             "end_of_text": tokenizer.eos_token_id,
             "mask_token": tokenizer.mask_token_id,
             "special_tokens": tokenizer.all_special_ids,
+            "padding": tokenizer.pad_token_id,
+            "sentinels": _sentinels(tokenizer.get_vocab()),
             "corpora": counts,
         }
+        _require_a_sample(stage, about)
         write_json(beside / ABOUT, about)
     workspace.folder.add_metrics(tokens=counts)
 
 
-def _require_a_sample(stage: Pretrain, counts: Mapping[str, Mapping[str, int]]) -> None:
-    for span in stage.spans():
-        for name in span.weights:
-            if counts[name]["train"] <= span.sequence_length:
+def _require_tokens(stage: Pretrain, folder: Path, tokenizer: Any) -> None:
+    """Checks that the tokenizer has what the model's objective needs."""
+    family, kind = stage.architecture().family, stage.architecture().traits.objective
+    if kind == "masked" and tokenizer.mask_token_id is None:
+        raise RecipeError(
+            f"{folder}: the tokenizer has no mask token, which {family} needs; "
+            "give a folder whose tokenizer has one"
+        )
+    if kind != "spans":
+        return
+    sentinels, needed = len(_sentinels(tokenizer.get_vocab())), stage.sentinels()
+    tokens = {"padding": tokenizer.pad_token_id, "end of text": tokenizer.eos_token_id}
+    lacking = [name for name, number in tokens.items() if number is None]
+    if lacking or sentinels < needed:
+        has = f"no {lacking[0]} token" if lacking else f"{sentinels} sentinels"
+        raise RecipeError(
+            f"{folder}: the tokenizer has {has}, but {family} needs {needed} sentinels "
+            f"({sentinel(0)}, ...), padding and an end of text; use another tokenizer"
+        )
+
+
+def _require_a_sample(stage: Pretrain, about: Mapping[str, Any]) -> None:
+    for phase in stage.phases():
+        needed = _objective(stage, about, phase.sequence_length, 0).sample_length(
+            phase.sequence_length
+        )
+        for name in phase.weights:
+            tokens = about["corpora"][name]["train"]
+            if tokens <= needed:
                 raise RecipeError(
-                    f"the training split of {name} has {counts[name]['train']} tokens, too few for "
-                    f"one sample of {span.sequence_length} + 1; add text or lower sequence_length"
+                    f"the training split of {name} has {tokens} tokens, too few for "
+                    f"one sample of {needed} + 1; add text or lower sequence_length"
                 )
 
 
@@ -93,16 +118,16 @@ def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
 def training_data(stage: Pretrain, workspace: Workspace) -> TrainingData:
     """What every step trains on."""
     folder = workspace.folder.path / "tokens"
+    about = read_json(folder / ABOUT)
     streams = {name: TokenStream(folder / name / "train") for name in stage.corpora()}
 
-    def samples(span: Span) -> PhaseSamples:
-        sources = {
-            name: Samples(streams[name], span.sequence_length, workspace.seed)
-            for name in span.weights
-        }
-        return PhaseSamples(span, sources)
+    def samples(phase: PlacedPhase) -> PhaseSamples:
+        objective = _objective(stage, about, phase.sequence_length, workspace.seed)
+        length = objective.sample_length(phase.sequence_length)
+        sources = {name: Samples(streams[name], length, workspace.seed) for name in phase.weights}
+        return PhaseSamples(phase, sources, objective)
 
-    return TrainingData(stage.batch, [samples(span) for span in stage.spans()])
+    return TrainingData(stage.batch, [samples(phase) for phase in stage.phases()])
 
 
 def validation_data(stage: Pretrain, workspace: Workspace) -> ValidationData | None:
@@ -112,17 +137,28 @@ def validation_data(stage: Pretrain, workspace: Workspace) -> ValidationData | N
         None if no corpus has enough text for one.
     """
     folder = workspace.folder.path / "tokens"
-    counts = read_json(folder / ABOUT)["corpora"]
+    about = read_json(folder / ABOUT)
+    objective = _objective(stage, about, stage.window, workspace.seed)
+    length = objective.sample_length(stage.window)
     sources = [
-        Samples(TokenStream(folder / name / "validation"), stage.window, workspace.seed)
+        Samples(TokenStream(folder / name / "validation"), length, workspace.seed)
         for name in stage.corpora()
-        if counts[name]["validation"] > stage.window
+        if about["corpora"][name]["validation"] > length
     ]
-    return ValidationData(sources, stage.validation.samples) if sources else None
+    return ValidationData(sources, stage.validation.samples, objective) if sources else None
 
 
-def objective(stage: Pretrain, workspace: Workspace) -> Objective:
-    """What the stage's model learns to predict."""
-    about = read_json(workspace.folder.path / "tokens" / ABOUT)
-    kind = stage.architecture().traits.objective
-    return make_objective(kind, about, workspace.seed, stage.separate_documents)
+def _objective(stage: Pretrain, about: Mapping[str, Any], length: int, seed: int) -> Objective:
+    return make_objective(
+        stage.architecture().traits.objective,
+        about,
+        sequence_length=length,
+        seed=seed,
+        separate_documents=stage.separate_documents,
+    )
+
+
+def _sentinels(vocabulary: Mapping[str, int]) -> list[int]:
+    """The tokens for spans taken out of texts, as many as there are without a gap."""
+    names = takewhile(vocabulary.__contains__, map(sentinel, count()))
+    return [vocabulary[name] for name in names]

@@ -1,15 +1,11 @@
 """The state of PyTorch's AdamW inside megatron-core's optimizers.
 
 megatron-core 0.16.1 is made for Apex's and Transformer Engine's Adam, whose step count is
-one a group. PyTorch's is one a parameter, which its loading paths get wrong; three
-work-arounds for that are not used where Apex or Transformer Engine is installed. A fourth is
-for the padding of the distributed optimizer, and always used.
+one a group. PyTorch's is one a parameter, which its loading paths get wrong; the three
+work-arounds live here. Nothing here is used where Apex or Transformer Engine is installed.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -51,21 +47,3 @@ def separate_step_counts(optimizer: Any) -> None:
         for state in part.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
-
-
-@contextmanager
-def padding_counted(chunks: Iterable[Any]) -> Iterator[None]:
-    """Lets the distributed optimizer find each parameter's state while it makes a checkpoint.
-
-    megatron-core takes the padding between buckets out of the gathered state, but then looks
-    parameters up at places that count it: behind a padded bucket (tied embeddings have one of
-    their own) it would silently save another parameter's numbers.
-    """
-    with ExitStack() as stack:
-        for chunk in chunks:
-            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-                stack.enter_context(patch.object(buffer, "numel_unpadded", buffer.numel))
-                for bucket in buffer.buckets:
-                    size = bucket.grad_data.numel()
-                    stack.enter_context(patch.object(bucket, "numel_unpadded", size))
-        yield

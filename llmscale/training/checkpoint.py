@@ -30,7 +30,7 @@ from llmscale.artifacts import (
     write_json,
 )
 from llmscale.models.megatron import inner_model
-from llmscale.training.adam_state import padding_counted, separate_step_counts
+from llmscale.training.adam_state import separate_step_counts
 from llmscale.training.megatron_engine import MegatronEngine
 
 STATE = "state.json"
@@ -261,15 +261,29 @@ def set_weights(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
 
 def sharded_state(engine: MegatronEngine, loading: bool = False) -> dict[str, Any]:
     """Everything that resumes a run, as megatron-core's sharded state."""
+    _count_padding(engine)
     state = model_state(engine)
-    with padding_counted(engine.chunks):
-        state["optimizer"] = engine.optimizer.sharded_state_dict(
-            dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
-        )
+    state["optimizer"] = engine.optimizer.sharded_state_dict(
+        dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
+    )
     states = _random_states(engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     state["random"] = ShardedTensor.from_rank_offsets(_random_key(engine), states, (0, rank, ranks))
     return state
+
+
+def _count_padding(engine: MegatronEngine) -> None:
+    """Lets the distributed optimizer count the padding between its buckets as state.
+
+    megatron-core 0.16.1 gathers the state without that padding, then cuts parameters out at
+    places that count it, so that those behind a padded bucket are saved wrong.
+    """
+    for chunk in engine.chunks:
+        wrapper: Any = chunk
+        for buffer in (*wrapper.buffers, *wrapper.expert_parallel_buffers):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _data_group() -> Any:

@@ -37,7 +37,7 @@ class Phase(Settings):
 
 
 @dataclass(frozen=True)
-class Span:
+class PlacedPhase:
     """A phase as it runs: where it begins, and what its samples are.
 
     ``read`` counts the samples of each corpus that earlier phases of the same length have
@@ -53,24 +53,24 @@ class Span:
 
 def lay_out(
     phases: Sequence[Phase], batch: Batch, sequence_length: int, weights: Mapping[str, float]
-) -> tuple[Span, ...]:
+) -> tuple[PlacedPhase, ...]:
     """The phases one behind the other; without any, one that lasts from start to end.
 
     Args:
         sequence_length: of phases that name none.
         weights: the blend of phases that name none.
     """
-    spans = []
+    placed = []
     step = sample = 0
     read: defaultdict[int, Counter[str]] = defaultdict(Counter)
     for phase in phases or (Phase(),):
         length, blend = phase.sequence_length or sequence_length, phase.blend or weights
-        spans.append(Span(step, sample, length, blend, dict(read[length])))
+        placed.append(PlacedPhase(step, sample, length, blend, dict(read[length])))
         step += phase.steps or 0
         end = batch.consumed(step)
         read[length].update(Blend(blend).counts(max(0, end - sample)))
         sample = end
-    return tuple(spans)
+    return tuple(placed)
 
 
 def step_problems(phases: Sequence[Phase], steps: int) -> Iterator[Problem]:

@@ -1,17 +1,17 @@
-"""The samples of each step, and those of validation.
-
-Shape legend: b samples, s tokens of text a sample.
-"""
+"""The samples of each step, and those of validation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from llmscale.data.blend import Blend
 from llmscale.data.samples import Samples
-from llmscale.training.curriculum import Span
+from llmscale.training.batches import ModelBatch
+from llmscale.training.curriculum import PlacedPhase
+from llmscale.training.objectives import Objective
 from llmscale.training.settings import Batch
 
 
@@ -19,22 +19,24 @@ from llmscale.training.settings import Batch
 class PhaseSamples:
     """The samples of one phase: its corpora in turn, each in its own shuffled order."""
 
-    span: Span
+    phase: PlacedPhase
     sources: Mapping[str, Samples]
+    objective: Objective
 
     @cached_property
     def _blend(self) -> Blend:
-        return Blend(self.span.weights)
+        return Blend(self.phase.weights)
 
     def _find(self, place: int) -> tuple[str, int]:
         """The corpus and the sample's number in it, at a place of the whole run's order."""
-        corpus, before = self._blend.place(place - self.span.first_sample)
-        return corpus, self.sources[corpus].number_at(self.span.read.get(corpus, 0) + before)
+        corpus, before = self._blend.place(place - self.phase.first_sample)
+        return corpus, self.sources[corpus].number_at(self.phase.read.get(corpus, 0) + before)
 
-    def windows(self, places: Sequence[int]) -> np.ndarray:
-        """The samples at these places of the run's order: ``[b, s + 1]``."""
+    def batch(self, places: Sequence[int], device: torch.device) -> ModelBatch:
+        """The samples at these places of the run's order, and what is to be predicted."""
         found = [self._find(place) for place in places]
-        return np.stack([self.sources[corpus].window(number) for corpus, number in found])
+        windows = [self.sources[corpus].window(number) for corpus, number in found]
+        return self.objective.batch(np.stack(windows), places, device)
 
     def name(self, place: int) -> str:
         """A sample as a log's line names it: its number, after its corpus if there are several."""
@@ -58,7 +60,7 @@ class StepBatch:
     @property
     def sequence_length(self) -> int:
         """The model's tokens a sample."""
-        return self.samples.span.sequence_length
+        return self.samples.phase.sequence_length
 
     @property
     def tokens(self) -> int:
@@ -75,7 +77,7 @@ class TrainingData:
 
     def at(self, step: int, consumed: int) -> StepBatch:
         """The global batch of step ``step`` (0 is the first)."""
-        begun = [phase for phase in self.phases if phase.span.first_step <= step]
+        begun = [phase for phase in self.phases if phase.phase.first_step <= step]
         return StepBatch(begun[-1], consumed, self.batch.size(consumed))
 
 
@@ -85,12 +87,20 @@ class ValidationData:
 
     sources: Sequence[Samples]
     most: int
+    objective: Objective
 
     def __len__(self) -> int:
         return sum(min(len(source), self.most) for source in self.sources)
 
-    def window(self, number: int) -> np.ndarray:
-        """Sample ``number``: ``[s + 1]``."""
+    def batch(self, numbers: Sequence[int], device: torch.device) -> ModelBatch:
+        """Samples by their numbers; those past the last one are there, but do not count."""
+        present = [min(number, len(self) - 1) for number in numbers]
+        windows = np.stack([self._window(number) for number in present])
+        batch = self.objective.batch(windows, present, device)
+        counts = torch.tensor([number < len(self) for number in numbers], device=device)
+        return batch.counting(counts)
+
+    def _window(self, number: int) -> np.ndarray:
         for source in self.sources:
             own = min(len(source), self.most)
             if number < own:

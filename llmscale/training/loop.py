@@ -4,18 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
 from megatron.core import parallel_state
 
 from llmscale.data.samples import rank_places
 from llmscale.errors import Interrupted, StageError
-from llmscale.training.batches import TokenBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.data import StepBatch, TrainingData, ValidationData
 from llmscale.training.log import TrainingLog
 from llmscale.training.megatron_engine import MegatronEngine, StepResult
-from llmscale.training.objectives import Objective
 from llmscale.training.schedule import learning_rate
 from llmscale.training.settings import Checkpointing, Health
 from llmscale.training.signals import StopRequest
@@ -28,7 +24,6 @@ class Trainer:
     """One rank's part of training a model."""
 
     engine: MegatronEngine
-    objective: Objective
     data: TrainingData
     validation: ValidationData | None
     steps: int
@@ -81,10 +76,7 @@ class Trainer:
             data_rank=parallel_state.get_data_parallel_rank(),
             data_ranks=parallel_state.get_data_parallel_world_size(),
         )
-        batches = [
-            self.objective.batch(batch.samples.windows(own), own, self.engine.device)
-            for own in places
-        ]
+        batches = [batch.samples.batch(own, self.engine.device) for own in places]
         return self.engine.train_step(batches, self._learning_rate(step))
 
     def _learning_rate(self, step: int) -> float:
@@ -142,23 +134,14 @@ class Trainer:
         """The mean loss a token over the validation samples; collective."""
         data_ranks = parallel_state.get_data_parallel_world_size()
         data_rank = parallel_state.get_data_parallel_rank()
-        count = len(samples)
         per_pass = self.micro_batch * data_ranks
-        passes = -(-count // per_pass)
+        passes = -(-len(samples) // per_pass)
         if self.engine.layout.virtual_pipeline > 1:
             passes = -(-passes // self.engine.layout.pipeline) * self.engine.layout.pipeline
         own = range(data_rank, passes * per_pass, data_ranks)
         batches = [
-            self._validation_batch(samples, own[i : i + self.micro_batch], count)
+            samples.batch(own[i : i + self.micro_batch], self.engine.device)
             for i in range(0, len(own), self.micro_batch)
         ]
         total, tokens = self.engine.evaluate(batches)
         return total / tokens
-
-    def _validation_batch(self, samples: ValidationData, numbers: range, count: int) -> TokenBatch:
-        """Numbers past the last sample only fill the micro-batch up; their tokens do not count."""
-        present = [min(number, count - 1) for number in numbers]
-        windows = np.stack([samples.window(number) for number in present])
-        batch = self.objective.batch(windows, present, self.engine.device)
-        counts = torch.tensor([number < count for number in numbers], device=self.engine.device)
-        return batch.counting(counts)

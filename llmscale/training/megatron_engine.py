@@ -22,7 +22,7 @@ from llmscale.models.megatron import DTYPES, build_chunks, inner_model
 from llmscale.parallel.context import whole_sequence
 from llmscale.parallel.layout import Layout
 from llmscale.training import adam_state
-from llmscale.training.batches import TokenBatch
+from llmscale.training.batches import ModelBatch
 from llmscale.training.objectives import masked_sum
 from llmscale.training.settings import Optimizer, Precision, Recompute
 
@@ -91,7 +91,7 @@ class MegatronEngine:
             adam_state.prepare(self._optimizer)
         return self._optimizer
 
-    def train_step(self, batches: list[TokenBatch], learning_rate: float) -> StepResult:
+    def train_step(self, batches: list[ModelBatch], learning_rate: float) -> StepResult:
         """Forward, backward and, if loss and gradients are finite, the update; collective.
 
         Args:
@@ -100,7 +100,7 @@ class MegatronEngine:
         loss_sum, tokens = self.backward(batches)
         return self.update(loss_sum, tokens, learning_rate)
 
-    def backward(self, batches: list[TokenBatch]) -> tuple[float, int]:
+    def backward(self, batches: list[ModelBatch]) -> tuple[float, int]:
         """Gradients of the global batch, divided by its tokens; the summed loss and tokens."""
         optimizer = self.optimizer
         for chunk in self.chunks:
@@ -131,7 +131,7 @@ class MegatronEngine:
                 )
 
     @torch.no_grad()
-    def evaluate(self, batches: list[TokenBatch]) -> tuple[float, int]:
+    def evaluate(self, batches: list[ModelBatch]) -> tuple[float, int]:
         """The summed loss and token count of a global batch, on every rank; collective."""
         for chunk in self.chunks:
             chunk.eval()
@@ -140,10 +140,10 @@ class MegatronEngine:
             chunk.train()
         return result
 
-    def _run(self, batches: list[TokenBatch], forward_only: bool) -> tuple[float, int]:
+    def _run(self, batches: list[ModelBatch], forward_only: bool) -> tuple[float, int]:
         return self._total(self._pass(_forward_step, batches, forward_only=forward_only))
 
-    def _pass(self, step: Any, batches: list[TokenBatch], **options: Any) -> Any:
+    def _pass(self, step: Any, batches: list[ModelBatch], **options: Any) -> Any:
         """The micro-batches through all stages, by the layout's schedule."""
         rank = parallel_state.get_context_parallel_rank()
         own = [batch.part(rank, self.layout.context) for batch in batches]
@@ -171,8 +171,8 @@ class MegatronEngine:
         return float(own[0]), int(own[1])
 
     @torch.no_grad()
-    def logits(self, batch: TokenBatch) -> Tensor | None:
-        """Logits ``[b, s, v]`` over the true vocabulary; collective.
+    def logits(self, batch: ModelBatch) -> Tensor | None:
+        """Logits ``[b, s, v]`` over the true vocabulary, of T5 its decoder's; collective.
 
         Returns:
             None on ranks that are not of the last pipeline stage.
@@ -191,19 +191,19 @@ class MegatronEngine:
         return whole_sequence(whole.transpose(0, 1), group).transpose(0, 1)
 
 
-def _logits_step(iterator: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _logits_step(iterator: Iterator[ModelBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(iterator)
     output = model(**batch.model_inputs())
     return output, lambda logits, non_loss_data: logits
 
 
-def _forward_step(iterator: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(iterator: Iterator[ModelBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(iterator)
     output = model(**batch.model_inputs(), labels=batch.labels_bs)
     return output, partial(_loss, batch)
 
 
-def _loss(batch: TokenBatch, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: ModelBatch, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total, tokens = masked_sum(losses_bs, batch.mask_bs)
     return total, tokens, torch.stack([total.detach().double(), tokens.double()])
 

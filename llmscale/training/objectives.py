@@ -1,7 +1,7 @@
 """Objectives: from samples of tokens to what a model is to predict.
 
 Losses are summed, never averaged, so that any split of a batch gives the same gradient.
-Shape legend: b samples, s sequence length.
+Shape legend: b samples, s sequence length, t tokens that T5's decoder predicts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmscale.training.batches import TokenBatch, tokens_alone
+from llmscale.data.span_lengths import span_lengths
+from llmscale.data.spans import corrupted, span_starts_and_ends
+from llmscale.training.batches import ModelBatch, SpanBatch, TokenBatch, spans_alone, tokens_alone
 
 MASKED_SHARE, REPLACED_BY_MASK, KEPT = 0.15, 0.8, 0.1
 
@@ -24,7 +26,7 @@ class Objective(Protocol):
     def sample_length(self, sequence_length: int) -> int:
         """Tokens of text that make one sample of the model's sequence length."""
 
-    def batch(self, windows: np.ndarray, places: Sequence[int], device: torch.device) -> TokenBatch:
+    def batch(self, windows: np.ndarray, places: Sequence[int], device: torch.device) -> ModelBatch:
         """A batch of windows ``[b, sample_length + 1]`` at these places of the order."""
 
 
@@ -117,27 +119,77 @@ def _apart(batch: TokenBatch, document_end: int) -> TokenBatch:
     )
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Spans taken out of a text are predicted from the rest (Raffel et al. 2020, section 3.3).
+
+    Which spans is a function of the seed and the sample's place alone.
+
+    Args:
+        sequence_length: tokens of the encoder's input.
+        sentinels: the tokens that stand for the spans, at least as many as there are spans.
+        padding: the token that the decoder starts from.
+        end: the token that closes input and target.
+    """
+
+    sequence_length: int
+    sentinels: tuple[int, ...]
+    padding: int
+    end: int
+    seed: int
+
+    def sample_length(self, sequence_length: int) -> int:
+        return span_lengths(sequence_length).text
+
+    def batch(self, windows: np.ndarray, places: Sequence[int], device: torch.device) -> SpanBatch:
+        pairs = [self._pair(w, place) for w, place in zip(windows, places, strict=True)]
+        parts = (np.stack(part) for part in zip(*pairs, strict=True))
+        inputs, targets = (torch.from_numpy(part).to(device) for part in parts)
+        start_b1 = torch.full_like(targets[:, :1], self.padding)
+        batch = spans_alone(inputs, torch.cat([start_b1, targets[:, :-1]], 1))
+        return replace(batch, labels_bs=targets)
+
+    def _pair(self, window: np.ndarray, place: int) -> tuple[np.ndarray, np.ndarray]:
+        lengths = span_lengths(self.sequence_length)
+        spans = span_starts_and_ends(lengths, np.random.default_rng((self.seed, place)))
+        sentinels = np.array(self.sentinels[: lengths.spans])
+        return corrupted(window[: lengths.text], spans, sentinels, self.end)
+
+
 def masked_sum(losses_bs: Tensor, mask_bs: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss and the number of tokens it was summed over."""
     return (losses_bs.float() * mask_bs).sum(), mask_bs.sum().to(torch.int)
 
 
 def make_objective(
-    kind: str, tokens: Mapping[str, Any], seed: int, separate_documents: bool
+    kind: str,
+    tokens: Mapping[str, Any],
+    *,
+    sequence_length: int,
+    seed: int,
+    separate_documents: bool = False,
 ) -> Objective:
     """The objective of a family of models.
 
     Args:
-        kind: ``causal`` or ``masked``.
+        kind: ``causal``, ``masked`` or ``spans``.
         tokens: the tokenizer's numbers, as ``tokens.json`` holds them.
     """
     document_end = tokens["end_of_text"] if separate_documents else None
     if kind == "causal":
         return Causal(document_end)
-    return Masked(
+    if kind == "masked":
+        return Masked(
+            seed=seed,
+            vocabulary=tokens["tokenizer_size"],
+            mask_token=tokens["mask_token"],
+            special_tokens=tuple(tokens["special_tokens"]),
+            document_end=document_end,
+        )
+    return Spans(
+        sequence_length=sequence_length,
+        sentinels=tuple(tokens["sentinels"]),
+        padding=tokens["padding"],
+        end=tokens["end_of_text"],
         seed=seed,
-        vocabulary=tokens["tokenizer_size"],
-        mask_token=tokens["mask_token"],
-        special_tokens=tuple(tokens["special_tokens"]),
-        document_end=document_end,
     )

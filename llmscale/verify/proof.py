@@ -127,8 +127,9 @@ def _small_model(model: Architecture, layout: Layout) -> Architecture:
         "head_size": OWN_HEAD_SIZE if own_head else None,
         "ffn_size": FFN_SIZE,
         "sequence_length": SEQUENCE_LENGTH,
-        "initial_std": INITIAL_STD,
     }
+    if model.family != "t5":  # which has spreads of its own
+        update["initial_std"] = INITIAL_STD
     if model.experts:
         update["experts"] = min(model.experts, EXPERTS)
         update["experts_per_token"] = min(model.experts_per_token, model.experts, EXPERTS - 1)

@@ -16,7 +16,7 @@ from llmscale.artifacts import read_json, write_json
 from llmscale.data.samples import Samples, rank_places
 from llmscale.models.huggingface import export, fill
 from llmscale.parallel.world import process_groups
-from llmscale.training.batches import TokenBatch
+from llmscale.training.batches import ModelBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.objectives import Objective, make_objective
@@ -30,7 +30,8 @@ from llmscale.verify.differences import (
 )
 from llmscale.verify.proof import Proof
 
-DOCUMENT_END, MASK, FIRST_ORDINARY = 0, 1, 2
+DOCUMENT_END, MASK, PADDING, FIRST_ORDINARY = 0, 1, 2, 3
+SENTINELS = 16
 MEAN_DOCUMENT = 12
 """Tokens; so that a sample holds several documents, and ends within one."""
 CURVES = "curves.json"
@@ -50,27 +51,34 @@ class RandomTokens:
         return self.tokens[start : start + length]
 
 
-def _samples(proof: Proof) -> Samples:
-    length = proof.model.sequence_length
-    size = proof.batch.global_ * (proof.steps + 1) * length + 1
-    random = np.random.default_rng(proof.seed)
-    tokens = random.integers(FIRST_ORDINARY, proof.vocabulary, size)
-    tokens[random.random(size) < 1 / MEAN_DOCUMENT] = DOCUMENT_END
-    return Samples(RandomTokens(tokens), length, proof.seed)
-
-
 def _objective(proof: Proof) -> Objective:
     tokens = {
         "end_of_text": DOCUMENT_END,
         "mask_token": MASK,
-        "special_tokens": [DOCUMENT_END, MASK],
+        "padding": PADDING,
+        "special_tokens": [DOCUMENT_END, MASK, PADDING],
+        "sentinels": list(range(proof.vocabulary - SENTINELS, proof.vocabulary)),
         "tokenizer_size": proof.vocabulary,
     }
-    kind = proof.model.traits.objective
-    return make_objective(kind, tokens, proof.seed, proof.separate_documents)
+    return make_objective(
+        proof.model.traits.objective,
+        tokens,
+        sequence_length=proof.model.sequence_length,
+        seed=proof.seed,
+        separate_documents=proof.separate_documents,
+    )
 
 
-def _batches(proof: Proof, samples: Samples, step: int) -> list[TokenBatch]:
+def _samples(proof: Proof) -> Samples:
+    length = _objective(proof).sample_length(proof.model.sequence_length)
+    size = proof.batch.global_ * (proof.steps + 1) * length + 1
+    random = np.random.default_rng(proof.seed)
+    tokens = random.integers(FIRST_ORDINARY, proof.vocabulary - SENTINELS, size)
+    tokens[random.random(size) < 1 / MEAN_DOCUMENT] = DOCUMENT_END
+    return Samples(RandomTokens(tokens), length, proof.seed)
+
+
+def _batches(proof: Proof, samples: Samples, step: int) -> list[ModelBatch]:
     objective = _objective(proof)
     places = rank_places(
         consumed=step * proof.batch.global_,

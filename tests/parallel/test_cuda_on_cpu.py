@@ -41,7 +41,7 @@ def test_an_untested_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_streams_and_events_are_done_when_they_return() -> None:
-    cuda = module._cuda_namespace()
+    cuda = module._cuda_namespace(module.CPU)
     stream = cuda.Stream()
     stream.wait_stream(cuda.current_stream())
     event = stream.record_event()

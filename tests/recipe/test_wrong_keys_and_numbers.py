@@ -19,6 +19,7 @@ STAGES = {"prepare": "corpus", "evaluate": "evaluation"}
 MAY_BE_ZERO = {
     "balance_coefficient",
     "seed",
+    "sentinels",
     "validation_fraction",
     "warmup_steps",
     "minimum_learning_rate",

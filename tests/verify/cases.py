@@ -30,7 +30,7 @@ def proof(model: dict[str, Any], **settings: Any) -> Proof:
                 "attention_heads": 4,
                 "ffn_size": FFN_SIZE,
                 "sequence_length": SEQUENCE_LENGTH,
-                "initial_std": INITIAL_STD,
+                **({} if model["family"] == "t5" else {"initial_std": INITIAL_STD}),
                 **model,
             },
             "vocabulary": VOCABULARY,

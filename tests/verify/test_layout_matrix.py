@@ -12,10 +12,17 @@ from tests.verify.cases import proof, run_proofs
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "key_value_heads": 2},
-    "gpt2": {"family": "gpt2"},
     "bert": {"family": "bert"},
+    "t5": {"family": "t5", "layers": 2, "sequence_length": 64},
+}
+"""A decoder, an encoder, and both: in all forms, and all pairs of forms."""
+
+RELATED: dict[str, dict[str, Any]] = {
+    "gpt2": {"family": "gpt2"},
+    "qwen3": {"family": "qwen3", "key_value_heads": 2, "head_size": 12},
     "mixtral": {"family": "mixtral", "experts": 4, "key_value_heads": 2},
 }
+"""Decoders with parts of their own: in all forms, and several triples."""
 
 FORMS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel": {"tensor": 2}},
@@ -56,8 +63,16 @@ EXPERT_LAYOUTS = [
     ("sequence", "context", "distributed", "recompute"),
 ]
 """Where experts are dealt out to two ranks besides."""
-SAMPLE = 5
-"""By default every fifth case runs; ``--all-layouts`` runs them all."""
+APART_LAYOUTS = [
+    ("tensor",),
+    ("context",),
+    ("sequence", "context", "data"),
+    ("interleaved", "distributed"),
+    ("pipeline", "context", "recompute"),
+]
+"""Where documents packed into a sample are kept apart, so that ranks have unequal tokens."""
+SAMPLE = 8
+"""By default every eighth case runs; ``--all-layouts`` runs them all."""
 
 
 def merged(forms: tuple[str, ...], **more: Any) -> dict[str, Any]:
@@ -77,16 +92,21 @@ def compatible(forms: tuple[str, ...]) -> bool:
 def every_case() -> dict[str, Proof]:
     singles = [(form,) for form in FORMS]
     pairs = [pair for pair in combinations(FORMS, 2) if compatible(pair)]
-    cases = {}
-    for family, model in MODELS.items():
-        layouts = [*singles, *pairs, *TRIPLES]
-        if family == "mixtral":
-            layouts = [forms for forms in layouts if "tensor" not in forms]
-        for forms in layouts:
-            cases[f"{family}: {' x '.join(forms)}"] = proof(model, **merged(forms))
+    wanted = [(name, forms) for name in MODELS for forms in [*singles, *pairs, *TRIPLES]]
+    wanted += [(name, forms) for name in RELATED for forms in [*singles, *TRIPLES]]
+    models = MODELS | RELATED
+    cases = {
+        f"{name}: {' x '.join(forms)}": proof(models[name], **merged(forms))
+        for name, forms in wanted
+        if name != "mixtral" or "tensor" not in forms
+    }
     for forms in EXPERT_LAYOUTS:
         name = f"mixtral: {' x '.join(forms)} x expert"
-        cases[name] = proof(MODELS["mixtral"], **merged(forms, expert=2))
+        cases[name] = proof(models["mixtral"], **merged(forms, expert=2))
+    for family in ("llama", "bert"):
+        for forms in APART_LAYOUTS:
+            name = f"{family}: {' x '.join(forms)} x separate documents"
+            cases[name] = proof(models[family], **merged(forms), separate_documents=True)
     return cases
 
 

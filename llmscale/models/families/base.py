@@ -56,11 +56,11 @@ class Rules(ABC):
         """The spread of projections into the residual stream (Radford et al. 2019, section 2.3)."""
         return self.architecture.initial_std / math.sqrt(2 * self.architecture.layers)
 
-    def table(self, name: str) -> Weight:
+    def table(self, name: str, std: float | None = None) -> Weight:
         """An embedding or output table, a row a token."""
         form = Vocabulary(self.vocabulary, self.padded)
         shape = (self.vocabulary, self.architecture.hidden_size)
-        return Weight((name,), (shape,), form, self.architecture.initial_std)
+        return Weight((name,), (shape,), form, std or self.architecture.initial_std)
 
     def norm(self, prefix: str, kind: str, size: int | None = None) -> Weight:
         """A norm's scale or shift."""
@@ -72,19 +72,31 @@ class Rules(ABC):
         """A tensor that every rank holds whole."""
         return Weight((name,), (shape,), Replicated(), std)
 
-    def columns(self, name: str, kind: str, outputs: int, inputs: int) -> Weight:
+    def columns(
+        self, name: str, kind: str, outputs: int, inputs: int, std: float | None = None
+    ) -> Weight:
         """A linear layer whose outputs are split."""
-        return self.linear((f"{name}.{kind}",), kind, (outputs,), inputs, Split(0))
+        return self.linear((f"{name}.{kind}",), kind, (outputs,), inputs, Split(0), std)
 
-    def rows(self, name: str, kind: str, outputs: int, inputs: int) -> Weight:
+    def rows(
+        self, name: str, kind: str, outputs: int, inputs: int, std: float | None = None
+    ) -> Weight:
         """A linear layer whose inputs are split, into the residual stream."""
         form: Form = Replicated() if kind == "bias" else Split(1)
-        return self.linear((f"{name}.{kind}",), kind, (outputs,), inputs, form, self.output_std)
+        std = std or self.output_std
+        return self.linear((f"{name}.{kind}",), kind, (outputs,), inputs, form, std)
 
-    def gate_and_up(self, names: tuple[str, str], kind: str, outputs: int, inputs: int) -> Weight:
+    def gate_and_up(
+        self,
+        names: tuple[str, str],
+        kind: str,
+        outputs: int,
+        inputs: int,
+        std: float | None = None,
+    ) -> Weight:
         """Two linear layers side by side, as in SwiGLU."""
         both = (f"{names[0]}.{kind}", f"{names[1]}.{kind}")
-        return self.linear(both, kind, (outputs, outputs), inputs, Stacked())
+        return self.linear(both, kind, (outputs, outputs), inputs, Stacked(), std)
 
     def query_key_value(self, names: tuple[str, str, str], kind: str) -> Weight:
         """Three linear layers, interleaved by key-value head."""

@@ -5,6 +5,7 @@ from llmscale.models.families.base import Rules
 from llmscale.models.families.bert import Bert
 from llmscale.models.families.gpt2 import Gpt2
 from llmscale.models.families.llama import Llama
+from llmscale.models.families.t5 import T5
 
 FAMILIES: dict[str, type[Rules]] = {
     "llama": Llama,
@@ -13,6 +14,7 @@ FAMILIES: dict[str, type[Rules]] = {
     "mixtral": Llama,
     "gpt2": Gpt2,
     "bert": Bert,
+    "t5": T5,
 }
 
 

@@ -1,0 +1,90 @@
+"""``llmscale verify`` as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import QUICKSTART, ROOT
+
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def llmscale(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llmscale", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_verifies(recipe: Path) -> None:
+    done = llmscale("verify", recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["agrees"]
+    checks = {check["name"] for proof in answer["proofs"] for check in proof["checks"]}
+    assert {"loss", "gradient norm", "gradients", "parameters", "tokens counted"} <= checks
+    assert {"checkpoint at one rank", "Hugging Face export"} <= checks
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_table_is_for_people(tmp_path: Path) -> None:
+    one_step = ("stages.pretrain.parallel={data: 2}", "cluster.ranks_per_node=2")
+    done = llmscale("verify", QUICKSTART, *one_step, "--steps", 1)
+    assert done.returncode == 0
+    assert "pretrain: llama, data 2, 2 ranks" in done.stdout
+    assert "DIFFERS" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "rank"),
+    [("gpt3-175b-1024xa100", r) for r in (0, 512, 1023)] + [("llama3-8b-64xh100", 63)],
+)
+def test_the_stages_of_a_true_layout_hold_the_architectures_parameters(
+    recipe: str, rank: int
+) -> None:
+    done = llmscale("verify", "--exact-rank", rank, ROOT / f"recipes/{recipe}.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["pretrain"]
+    assert answer["rank"] == rank
+    assert answer["total_parameters"] == answer["expected_parameters"]
+    known = {"gpt3-175b-1024xa100": 174_604_259_328, "llama3-8b-64xh100": 8_030_261_248}
+    assert answer["total_parameters"] == known[recipe]
+    layers = sorted(layer for stage in answer["stages"] for layer in stage["layers"])
+    assert layers == list(range(len(layers)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--steps", "0"], "llmscale: Invalid value for '--steps': 0 is not in the range x>=1"),
+        (["--ranks", "9"], "--ranks: 9 is no choice; use 8 or 16"),
+        (["--exact-rank", "8"], "--exact-rank: there is no rank 8; use 0 to 7"),
+        (["stages.pretrain.parallel.tensor=3"], "tensor 3 x pipeline 2"),
+    ],
+)
+def test_a_wrong_call_is_answered_in_one_line(arguments: list[str], says: str) -> None:
+    done = llmscale("verify", QUICKSTART, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_recipe_without_training_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    recipe = tmp_path / "x.yaml"
+    recipe.write_text("name: x\nstages: {c: {kind: prepare, sources: [{path: a.txt}]}}\n")
+    done = llmscale("verify", recipe)
+    assert done.returncode == 2
+    assert done.stderr == "x: no stage trains a model; add one of kind pretrain\n"
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    done = llmscale("verify", tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
