@@ -4,7 +4,7 @@ Shape legend: s this rank's queries, t all keys, b batch, n query heads, k key-v
 d head size.
 """
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,23 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmscale.parallel.context import own_places, whole_sequence
-
-HOPPER = (9, 0)
-
-
-def flash_attention(device: str, dtype: torch.dtype) -> str | None:
-    """The flash-attn module that serves this device and precision, if one is here.
-
-    Version 3 (``flash_attn_interface``) needs Hopper; version 2 compute capability 8.0.
-    """
-    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return None
-    capability = torch.cuda.get_device_capability()
-    if capability[0] == HOPPER[0] and importlib.util.find_spec("flash_attn_interface"):
-        return "flash_attn_interface"
-    if capability >= (8, 0) and importlib.util.find_spec("flash_attn"):
-        return "flash_attn"
-    return None
+from llmscale.parallel.probes import flash_attention
 
 
 class CoreAttention(MegatronModule):
@@ -145,12 +129,3 @@ class CoreAttention(MegatronModule):
             out = attend(*three, softmax_scale=self.softmax_scale, causal=self.causal)
             outs.append(out.transpose(0, 1))
         return torch.cat(outs).reshape(length, batch, -1)
-
-
-def transformer_engine_available(device: str) -> bool:
-    """Whether Transformer Engine's layers can serve this device."""
-    return (
-        device == "cuda"
-        and importlib.util.find_spec("transformer_engine") is not None
-        and torch.cuda.get_device_capability() >= (8, 0)
-    )

@@ -1,6 +1,5 @@
 """An architecture as megatron-core model chunks: what this rank holds of it."""
 
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,15 +32,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmscale.models.architecture import Architecture
-from llmscale.models.attention import CoreAttention, transformer_engine_available
+from llmscale.models.attention import CoreAttention
 from llmscale.models.encoder import Encoder, MaskedHead, encoder_layer_spec
 from llmscale.models.encoder_decoder import EncoderDecoder, encoder_decoder_layer
 from llmscale.models.language_model import LanguageModel
 from llmscale.models.norms import Norm
 from llmscale.models.router import BalancedRouter
 from llmscale.parallel.layout import Layout
+from llmscale.parallel.probes import (
+    fp8_recipe,
+    gradient_accumulation_kernel,
+    transformer_engine,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
+"""Of weights and activations; in fp8 matrix products alone are in 8 bits."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -95,7 +105,7 @@ def transformer_config(
         init_method=_left_to_fill,
         output_layer_init_method=_left_to_fill,
         embedding_init_method=_left_to_fill,
-        bf16=precision == "bf16",
+        bf16=dtype == torch.bfloat16,
         fp16=precision == "fp16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -116,7 +126,7 @@ def transformer_config(
         moe_router_load_balancing_type="none",  # BalancedRouter adds the loss itself
         moe_token_dispatcher_type="alltoall",
         moe_router_dtype="fp32",
-        moe_grouped_gemm=architecture.experts is not None and transformer_engine_available(device),
+        moe_grouped_gemm=architecture.experts is not None and transformer_engine(device),
         hetereogenous_dist_checkpoint=architecture.decoders > 0,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=device == "cuda",  # gloo may still be sending them
@@ -128,14 +138,19 @@ def transformer_config(
         fused_single_qkv_rope=(
             device == "cpu" and architecture.rotary and not architecture.traits.query_key_norm
         ),
-        gradient_accumulation_fusion=device == "cpu" or apex_accumulates_gradients(),
+        gradient_accumulation_fusion=device == "cpu" or gradient_accumulation_kernel(),
         **recomputing[recompute],
+        **(_fp8_settings(device) if precision == "fp8" else {}),
     )
 
 
-def apex_accumulates_gradients() -> bool:
-    """Whether Apex's kernel for weight gradients is installed."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+def _fp8_settings(device: str) -> dict[str, Any]:
+    """E4M3 forward and E5M2 backward (Micikevicius et al. 2022), where the device has them."""
+    recipe = fp8_recipe(device)
+    if recipe is None:
+        return {}
+    history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return {"fp8": "hybrid", "fp8_recipe": recipe, **(history if recipe == "delayed" else {})}
 
 
 def _layer_layout(layout: Layout) -> Any:
@@ -155,7 +170,7 @@ def _left_to_fill(tensor: Tensor) -> Tensor:
 def layer_spec(architecture: Architecture, device: str) -> ModuleSpec:
     """Transformer Engine's layer where the machine has it, else megatron-core's own layer
     with our norm; the core attention and the router are ours in both."""
-    if transformer_engine_available(device):
+    if transformer_engine(device):
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=architecture.experts,
             moe_grouped_gemm=architecture.experts is not None,

@@ -136,6 +136,14 @@ class Pretrain(Stage):
             )
             yield from under("batch", batch_problems)
         yield from under("optimizer", self.optimizer.problems(self.steps))
+        if self.precision == "fp8" and view.cluster.device == "cpu":
+            yield Problem(("precision",), "fp8 needs a GPU, but cluster.device is cpu; use bf16")
+        elif self.precision == "fp8" and architecture.traits.objective != "causal":
+            yield Problem(
+                ("precision",),
+                f"fp8 needs layers of Transformer Engine, which {architecture.family} does not "
+                "have here; use bf16",
+            )
         if (wrong := _wrong_length(architecture, self.window)) is not None:
             yield Problem(("sequence_length",), wrong)
         yield from under("curriculum", step_problems(self.curriculum, self.steps))

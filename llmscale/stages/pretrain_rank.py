@@ -10,6 +10,7 @@ from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface import HuggingFaceWeights, export, fill
 from llmscale.parallel.layout import Layout
+from llmscale.parallel.probes import require_precision
 from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
 from llmscale.stages.imported import is_import, load_imported
@@ -47,6 +48,7 @@ def pretrain(stage: Pretrain, workspace: Workspace) -> None:
         ) as world,
         process_groups(stage.parallel, workspace.seed),
     ):
+        require_precision(stage.precision, workspace.device)
         vocabulary = read_json(workspace.folder.path / "tokens" / ABOUT)["vocabulary"]
         engine = MegatronEngine(
             stage.architecture(),

@@ -21,6 +21,7 @@ from llmscale.models.architecture import Architecture
 from llmscale.models.megatron import DTYPES, build_chunks, inner_model
 from llmscale.parallel.context import whole_sequence
 from llmscale.parallel.layout import Layout
+from llmscale.parallel.probes import overlapped_gradient_reduction
 from llmscale.training import adam_state
 from llmscale.training.batches import ModelBatch
 from llmscale.training.objectives import masked_sum
@@ -66,15 +67,19 @@ class MegatronEngine:
         self.precision = precision
         inner = build_chunks(architecture, vocabulary, layout, precision, recompute, device)
         self.config = inner_model(inner[0]).config
+        overlapped = overlapped_gradient_reduction(device)
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=overlapped,
             use_distributed_optimizer=optimizer.distributed,
         )
         self.chunks = [
             DistributedDataParallel(self.config, data_parallel, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(inner)
         ]
+        if overlapped:
+            waiting = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         self._optimizer: Any = None
 
     @property
@@ -218,7 +223,7 @@ def _optimizer_config(settings: Optimizer, precision: Precision) -> OptimizerCon
         adam_beta2=settings.beta2,
         adam_eps=settings.epsilon,
         clip_grad=settings.gradient_clip,
-        bf16=precision == "bf16",
+        bf16=DTYPES[precision] == torch.bfloat16,
         fp16=precision == "fp16",
         params_dtype=DTYPES[precision],
         initial_loss_scale=INITIAL_LOSS_SCALE,

@@ -16,7 +16,7 @@ from llmscale.settings import (
     under,
 )
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
 class Ramp(Settings):

@@ -72,7 +72,7 @@ def prove_recipe(
         for proof in proofs(stage, recipe.cluster.ranks, steps=steps, most_ranks=most_ranks):
             on_proof(name, proof)
             found.append(prove(name, proof))
-        if stage.precision == "bf16":
+        if stage.precision in ("bf16", "fp8"):
             found[-1] = _with_low_precision(found[-1])
     return found
 

@@ -1,5 +1,6 @@
 """What the ranks of a proof do: the reference at one rank, the layout, and what it left."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -98,6 +99,7 @@ def _batches(proof: Proof, samples: Samples, step: int) -> list[ModelBatch]:
 
 @contextmanager
 def _engine(proof: Proof) -> Iterator[MegatronEngine]:
+    gc.collect()  # a former proof's engine refers to itself, and keeps groups and their threads
     with process_groups(proof.parallel, proof.seed):
         engine = MegatronEngine(
             proof.model,

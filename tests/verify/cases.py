@@ -43,6 +43,16 @@ def proof(model: dict[str, Any], **settings: Any) -> Proof:
     )
 
 
+CASES_A_WORLD = 30
+"""A world that lives on keeps some threads of each former layout's groups."""
+
+
+def _in_turns(program: Any, ranks: int, folder: Path, cases: list[dict[str, Any]]) -> None:
+    for first in range(0, len(cases), CASES_A_WORLD):
+        some = cases[first : first + CASES_A_WORLD]
+        run_ranks(program, ranks, folder / str(first), cases=some)
+
+
 def run_proofs(
     cases: dict[str, Proof], folder: Path, plants: dict[str, str] | None = None
 ) -> dict[str, list[Check]]:
@@ -67,11 +77,11 @@ def run_proofs(
         | {"reference": ""}
         for key, one in references.items()
     ]
-    run_ranks(programs.references, 1, folder / "references", cases=plain_cases)
+    _in_turns(programs.references, 1, folder / "references", plain_cases)
     for ranks, some in by_ranks.items():
-        run_ranks(programs.layouts, ranks, folder / f"layouts-{ranks}", cases=some)
+        _in_turns(programs.layouts, ranks, folder / f"layouts-{ranks}", some)
     every = [case for some in by_ranks.values() for case in some]
-    run_ranks(programs.resumed, 1, folder / "resumed", cases=every)
+    _in_turns(programs.resumed, 1, folder / "resumed", every)
     found = {}
     for case in every:
         place = Path(case["folder"])

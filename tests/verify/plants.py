@@ -205,3 +205,10 @@ def one_replica_keeps_its_own_gradient() -> Iterator[None]:
 
     with patch.object(megatron_engine.MegatronEngine, "backward", other):
         yield
+
+
+@contextmanager
+def gradients_reduced_early() -> Iterator[None]:
+    """No error: what is chosen on CUDA."""
+    with patch.object(megatron_engine, "overlapped_gradient_reduction", lambda device: True):
+        yield
