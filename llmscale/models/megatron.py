@@ -234,7 +234,8 @@ def build_chunks(
         _mark_experts(chunk)
         if precision != "fp32":
             chunk = Float16Module(config, chunk)
-        chunks.append(chunk.to(device))
+        # Moving to the meta device would make new parameters, without their marks.
+        chunks.append(chunk if device == "meta" else chunk.to(device))
     return chunks
 
 

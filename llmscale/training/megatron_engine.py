@@ -86,11 +86,13 @@ class MegatronEngine:
     def optimizer(self) -> Any:
         """megatron-core's optimizer; made on first use, from the weights as they are then."""
         if self._optimizer is None:
-            self._optimizer = get_megatron_optimizer(
-                _optimizer_config(self.settings, self.precision),
-                self.chunks,
-                use_gloo_process_groups=False,
-            )
+            # Views made with a graph would keep the model alive for ever, and its groups.
+            with torch.no_grad():
+                self._optimizer = get_megatron_optimizer(
+                    _optimizer_config(self.settings, self.precision),
+                    self.chunks,
+                    use_gloo_process_groups=False,
+                )
             self.config.grad_scale_func = self._optimizer.scale_loss
             self.config.finalize_model_grads_func = finalize_gradients
             adam_state.prepare(self._optimizer)

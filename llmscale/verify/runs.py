@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from safetensors.torch import load_file, save_file
 
 from llmscale.artifacts import read_json, write_json
@@ -97,9 +98,16 @@ def _batches(proof: Proof, samples: Samples, step: int) -> list[ModelBatch]:
     ]
 
 
+def _forget_former_groups() -> None:
+    """A former proof's engine refers to itself, and a cache of angles to its groups; groups have
+    threads that cost time even when they idle."""
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
+
+
 @contextmanager
 def _engine(proof: Proof) -> Iterator[MegatronEngine]:
-    gc.collect()  # a former proof's engine refers to itself, and keeps groups and their threads
+    _forget_former_groups()
     with process_groups(proof.parallel, proof.seed):
         engine = MegatronEngine(
             proof.model,

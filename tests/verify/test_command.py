@@ -40,21 +40,31 @@ def test_the_table_is_for_people(tmp_path: Path) -> None:
     assert "DIFFERS" not in done.stdout
 
 
+PARAMETERS = {
+    "gpt3-175b-1024xa100": 174_604_259_328,
+    "llama3-8b-64xh100": 8_030_261_248,
+    "mixtral-8x7b-64xh100": 46_702_792_704,
+    "bert-base-8xa100": 109_514_298,
+    "t5-base-16xa100": 247_577_856,
+}
+"""As the published models have them (Hugging Face's count); GPT-3's is 96 * (12 * 12288^2 +
+13 * 12288) + (50257 + 2048 + 2) * 12288."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "rank"),
-    [("gpt3-175b-1024xa100", r) for r in (0, 512, 1023)] + [("llama3-8b-64xh100", 63)],
+    [
+        *(("gpt3-175b-1024xa100", rank) for rank in (0, 512, 1023)),
+        *((recipe, 1) for recipe in PARAMETERS if not recipe.startswith("gpt3")),
+    ],
 )
-def test_the_stages_of_a_true_layout_hold_the_architectures_parameters(
-    recipe: str, rank: int
-) -> None:
+def test_the_stages_of_a_true_layout_hold_the_published_parameters(recipe: str, rank: int) -> None:
     done = llmscale("verify", "--exact-rank", rank, ROOT / f"recipes/{recipe}.yaml", "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)["pretrain"]
     assert answer["rank"] == rank
-    assert answer["total_parameters"] == answer["expected_parameters"]
-    known = {"gpt3-175b-1024xa100": 174_604_259_328, "llama3-8b-64xh100": 8_030_261_248}
-    assert answer["total_parameters"] == known[recipe]
+    assert answer["total_parameters"] == answer["expected_parameters"] == PARAMETERS[recipe]
     layers = sorted(layer for stage in answer["stages"] for layer in stage["layers"])
     assert layers == list(range(len(layers)))
 
