@@ -21,7 +21,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --all-layouts
 
 bench: install
 	$(BIN)/python benchmarks/pretrain.py

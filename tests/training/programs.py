@@ -92,47 +92,6 @@ def _export(engine: Any, folder: Path, first: bool, export: Any) -> None:
     export(engine.chunks, engine.architecture, engine.vocabulary, folder)
 
 
-def masked_steps(job: Job, rank: int, rendezvous: str) -> None:
-    """Three steps of a small BERT on random documents, and out to a folder."""
-    given = ranks.settings(job)
-    layout = Layout(**given["layout"])
-    with ranks.joined(job, rank, rendezvous, layout) as world:
-        import numpy as np
-        from megatron.core import parallel_state
-
-        from llmscale.data.samples import rank_places
-        from llmscale.models.architecture import Architecture
-        from llmscale.models.huggingface import export, fill
-        from llmscale.training.megatron_engine import MegatronEngine
-        from llmscale.training.objectives import Masked
-        from llmscale.training.settings import Optimizer
-
-        architecture = Architecture(
-            family="bert", layers=4, hidden_size=32, attention_heads=4, sequence_length=32
-        )
-        optimizer = Optimizer(learning_rate=1e-3, epsilon=1e-5, distributed=given["distributed"])
-        engine = MegatronEngine(architecture, 101, layout, optimizer, recompute=given["recompute"])
-        fill(engine.chunks, architecture, 101, 1)
-        objective = Masked(
-            1, 101, mask_token=2, special_tokens=(0, 1, 2), document_end=given["end"]
-        )
-        windows = np.random.default_rng(1).integers(0, 101, (24, 33))
-        steps = []
-        for step in range(3):
-            places = rank_places(
-                consumed=8 * step,
-                global_batch=8,
-                micro_batch=2,
-                data_rank=parallel_state.get_data_parallel_rank(),
-                data_ranks=parallel_state.get_data_parallel_world_size(),
-            )
-            batches = [objective.batch(windows[own], own, world.device) for own in places]
-            done = engine.train_step(batches, 1e-3)
-            steps.append({"loss": done.loss, "tokens": done.tokens, "norm": done.gradient_norm})
-        _export(engine, Path(given["exported"]), world.first, export)
-        ranks.answer(job, rank, steps)
-
-
 def nonfinite_step(job: Job, rank: int, rendezvous: str) -> None:
     """A step with a loss that is no number, between two that are."""
     with ranks.joined(job, rank, rendezvous, Layout(data=job.task.ranks)) as world:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,34 +18,11 @@ from llmscale.evaluation.models import load_model
 from llmscale.models.huggingface import HuggingFaceWeights
 from llmscale.training.batches import TokenBatch
 from llmscale.training.objectives import Masked
-from tests.ranks import layout_ranks, run_ranks, run_recipe
-from tests.training import programs
+from tests.ranks import run_recipe
 from tests.training.test_layouts import curve
 
 CPU = torch.device("cpu")
 VOCABULARY, MASK, SPECIAL = 1000, 3, (0, 1, 2, 3)
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tensor": {"tensor": 2},
-    "sequence": {"tensor": 2, "sequence": True},
-    "pipeline": {"pipeline": 2},
-    "interleaved": {"pipeline": 2, "virtual_pipeline": 2},
-    "uneven": {"pipeline": 2, "layers_per_stage": [1, 3]},
-    "data": {"data": 2},
-    "distributed optimizer": {"data": 2, "distributed": True},
-    "context": {"context": 2},
-    "recompute": {"tensor": 2, "sequence": True, "recompute": "full"},
-    "recompute of attention": {"pipeline": 2, "recompute": "selective"},
-    "all together": {
-        "tensor": 2,
-        "sequence": True,
-        "pipeline": 2,
-        "virtual_pipeline": 2,
-        "context": 2,
-        "distributed": True,
-    },
-    "documents apart": {"end": 0, "tensor": 2, "sequence": True, "context": 2},
-}
 
 RECIPE = """
 name: masked
@@ -116,50 +92,8 @@ def test_another_seed_or_place_masks_other_tokens() -> None:
     assert not any(masks[a].equal(masks[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
-def steps(folder: Path, end: int | None = None, **layout: Any) -> list[dict[str, float]]:
-    """Three steps of a small BERT at a layout; the model is exported to ``folder/hf``."""
-    return run_ranks(
-        programs.masked_steps,
-        layout_ranks(layout),
-        folder,
-        end=end,
-        distributed=layout.pop("distributed", False),
-        recompute=layout.pop("recompute", "none"),
-        layout=layout,
-        exported=str(folder / "hf"),
-    )
-
-
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
-
-
-@pytest.fixture(scope="module")
-def at_one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[int | None, Any]:
-    """Steps and tensors of one rank, with documents as one text and with documents apart."""
-    found = {}
-    for end in (None, 0):
-        folder = tmp_path_factory.mktemp("one")
-        found[end] = (steps(folder, end), tensors(folder / "hf"))
-    return found
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_three_steps_at_a_layout_equal_one_rank(
-    name: str, at_one_rank: dict[int | None, Any], tmp_path: Path
-) -> None:
-    layout = dict(LAYOUTS[name])
-    end = layout.pop("end", None)
-    expected_steps, expected = at_one_rank[end]
-    for ours, theirs in zip(steps(tmp_path, end, **layout), expected_steps, strict=True):
-        assert ours["tokens"] == theirs["tokens"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-4)
-    found = tensors(tmp_path / "hf")
-    assert found.keys() == expected.keys()
-    worst = {n: float((found[n] - expected[n]).abs().max()) for n in expected}
-    assert max(worst.values()) <= 1e-5, sorted(worst.items(), key=lambda kv: -kv[1])[:3]
 
 
 def write_texts(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,10 +15,13 @@ from llmscale.artifacts import RunFolder
 from llmscale.data.samples import Samples
 from llmscale.training.curriculum import Phase, lay_out
 from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
+from llmscale.training.objectives import Causal
 from llmscale.training.settings import Batch, Ramp
 from tests.conftest import QUICKSTART
 from tests.ranks import run_recipe
 from tests.training.test_layouts import curve, parameters
+
+CPU = torch.device("cpu")
 
 TEXTS = QUICKSTART.parent / "texts" / "shakespeare"
 STEPS, LENGTHS = 12, [16] * 5 + [32] * 4 + [16] * 3
@@ -89,9 +93,9 @@ def test_a_phase_goes_on_where_one_of_its_length_stopped() -> None:
         Phase(blend={"code": 1.0}),
     )
     first, longer, last = lay_out(phases, Batch.model_validate({"global": 4}), 32, {"web": 1.0})
-    assert [span.first_step for span in (first, longer, last)] == [0, 10, 15]
-    assert [span.first_sample for span in (first, longer, last)] == [0, 40, 60]
-    assert [span.sequence_length for span in (first, longer, last)] == [32, 64, 32]
+    assert [phase.first_step for phase in (first, longer, last)] == [0, 10, 15]
+    assert [phase.first_sample for phase in (first, longer, last)] == [0, 40, 60]
+    assert [phase.sequence_length for phase in (first, longer, last)] == [32, 64, 32]
     assert first.read == longer.read == {}
     assert last.read == {"web": 30, "code": 10}
 
@@ -117,16 +121,18 @@ def test_no_sample_is_read_twice_before_its_corpus_is_read_whole() -> None:
         Phase(),
     )
     batch = Batch.model_validate({"global": 8, "ramp": {"start": 4, "increment": 2, "samples": 12}})
-    spans = lay_out(phases, batch, 16, {"web": 0.5, "code": 0.5})
+    placed = lay_out(phases, batch, 16, {"web": 0.5, "code": 0.5})
     samples = [
-        {name: Samples(streams[name], span.sequence_length, seed=7) for name in span.weights}
-        for span in spans
+        {name: Samples(streams[name], phase.sequence_length, seed=7) for name in phase.weights}
+        for phase in placed
     ]
-    data = TrainingData(batch, list(map(PhaseSamples, spans, samples)))
+    both = zip(placed, samples, strict=True)
+    data = TrainingData(batch, [PhaseSamples(*parts, Causal()) for parts in both])
     consumed, read = 0, []
     for step in range(9):
         now = data.at(step, consumed)
-        assert now.samples.windows(now.places).shape == (now.size, now.sequence_length + 1)
+        tokens_bs = now.samples.batch(now.places, CPU).tokens_bs
+        assert tokens_bs.shape == (now.size, now.sequence_length)
         if now.sequence_length == 16:
             read += [now.samples.name(place) for place in now.places]
         consumed += now.size
@@ -136,9 +142,11 @@ def test_no_sample_is_read_twice_before_its_corpus_is_read_whole() -> None:
 
 def test_validation_reads_the_first_samples_of_every_corpus() -> None:
     streams: list[Any] = [Numbers(16 * 40 + 1), Numbers(16 * 2 + 1)]
-    validation = ValidationData([Samples(stream, 16, 7) for stream in streams], 3)
-    firsts = [int(validation.window(number)[0]) for number in range(len(validation))]
-    assert firsts == [0, 16, 32, 0, 16]
+    validation = ValidationData([Samples(stream, 16, 7) for stream in streams], 3, Causal())
+    assert len(validation) == 5
+    batch = validation.batch(range(6), CPU)
+    assert batch.tokens_bs[:, 0].tolist() == [0, 16, 32, 0, 16, 16]
+    assert batch.mask_bs.sum(1).tolist() == [16.0] * 5 + [0.0]
 
 
 @pytest.fixture(scope="module")

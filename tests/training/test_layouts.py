@@ -27,10 +27,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"data": 2},
     "tensor and pipeline": {"tensor": 2, "pipeline": 2},
     "all three": {"tensor": 2, "pipeline": 2, "data": 2},
-    "interleaved": {"pipeline": 2, "virtual_pipeline": 2},
-    "uneven": {"pipeline": 2, "layers_per_stage": [1, 3]},
-    "sequence": {"tensor": 2, "sequence": True},
-    "distributed optimizer": {"data": 2, "distributed": True},
     "all together": {
         "tensor": 2,
         "pipeline": 2,
@@ -39,8 +35,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "sequence": True,
         "distributed": True,
     },
-    "recompute": {"tensor": 2, "recompute": "full"},
-    "recompute of attention": {"recompute": "selective"},
     "larger micro-batches": {"micro": 16},
 }
 

@@ -29,29 +29,7 @@ MODEL: dict[str, Any] = {
     "relative_buckets": 8,
     "relative_distance": 12,
 }
-VERSIONS: dict[str, dict[str, Any]] = {
-    "1.1": MODEL,
-    "1.0": {**MODEL, "gated": False, "tied_embeddings": True},
-}
-EVERYTHING: dict[str, Any] = {
-    "layout": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "data": 2},
-    "distributed": True,
-    "recompute": "full",
-}
-CASES: dict[str, dict[str, Any]] = {
-    "tensor": {"layout": {"tensor": 2}, "recompute": "selective"},
-    "pipeline": {"layout": {"pipeline": 2}},
-    "interleaved": {"layout": {"pipeline": 2, "virtual_pipeline": 2}, "recompute": "full"},
-    "uneven": {"layout": {"pipeline": 2, "layers_per_stage": [2, 6]}},
-    "sequence": {"layout": {"tensor": 2, "sequence": True}},
-    "context": {"layout": {"context": 2}},
-    "pipeline and distributed optimizer": {
-        "layout": {"pipeline": 2, "data": 2, "virtual_pipeline": 4},
-        "distributed": True,
-    },
-    "context and recompute": {"layout": {"context": 2, "tensor": 2}, "recompute": "full"},
-    "everything": EVERYTHING,
-}
+FIRST_VERSION = {**MODEL, "gated": False, "tied_embeddings": True}
 
 
 def train(folder: Path, case: dict[str, Any], **more: Any) -> list[list[float]]:
@@ -81,35 +59,12 @@ def assert_equal(
     assert max(worst.values()) <= 1e-5, sorted(worst.items(), key=lambda kv: -kv[1])[:3]
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
-def one_rank(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, list[list[float]]]:
-    folder = tmp_path_factory.mktemp("one")
-    return request.param, folder, train(folder, {"layout": {}}, model=VERSIONS[request.param])
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize("name", CASES)
-def test_three_steps_at_a_layout_equal_one_rank(
-    name: str, one_rank: tuple[str, Path, list[list[float]]], tmp_path: Path
-) -> None:
-    version, one, expected = one_rank
-    ours = train(tmp_path, CASES[name], model=VERSIONS[version])
-    assert_equal(ours, expected, tmp_path, one)
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize("distributed", [False, True])
-def test_a_checkpoint_of_one_layout_goes_on_at_another(
-    distributed: bool, one_rank: tuple[str, Path, list[list[float]]], tmp_path: Path
-) -> None:
-    version, one, expected = one_rank
-    common = {
-        "model": VERSIONS[version],
-        "distributed": distributed,
-        "checkpoints": str(tmp_path / "checkpoints"),
-    }
+def test_a_checkpoint_of_one_layout_goes_on_at_another(distributed: bool, tmp_path: Path) -> None:
+    one, common = tmp_path / "one", {"model": FIRST_VERSION, "distributed": distributed}
+    expected = train(one, {"layout": {}}, **common)
+    common["checkpoints"] = str(tmp_path / "checkpoints")
     uneven = {"layout": {"pipeline": 2, "layers_per_stage": [2, 6], "data": 2}}
     first = train(tmp_path / "first", uneven, steps=2, save=2, **common)
     other = {"layout": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}}
