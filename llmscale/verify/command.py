@@ -53,11 +53,12 @@ def verify_exact_rank(
         StageError: if the stages together are not the architecture.
     """
     loaded = load_recipe(recipe, overrides)
-    answers = {}
+    stages = training_stages(loaded)
     import llmscale.quiet  # noqa: F401
     from llmscale.verify.exact import exact_rank
 
-    for name, stage in training_stages(loaded).items():
+    answers = {}
+    for name, stage in stages.items():
         exact = exact_rank(stage, _vocabulary(loaded, stage), rank, loaded.cluster.ranks)
         show_exact(console, exact)
         if exact.total_parameters != exact.expected_parameters:

@@ -83,6 +83,33 @@ def huggingface_round_trip(job: Job, rank: int, rendezvous: str) -> None:
         ranks.answer(job, rank, losses)
 
 
+def packed_logits(job: Job, rank: int, rendezvous: str) -> None:
+    """Logits of a sample of several documents that are kept apart."""
+    given = ranks.settings(job)
+    layout = Layout(**given["layout"])
+    with ranks.joined(job, rank, rendezvous, layout) as world:
+        import numpy as np
+        from safetensors.torch import save_file
+
+        from llmscale.models.huggingface import HuggingFaceWeights, fill
+        from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+        from llmscale.training.megatron_engine import MegatronEngine
+        from llmscale.training.objectives import Causal
+        from llmscale.training.settings import Optimizer
+
+        source = Path(given["source"])
+        architecture, vocabulary = read_architecture(source), read_vocabulary(source)
+        engine = MegatronEngine(architecture, vocabulary, layout, Optimizer(learning_rate=1.0))
+        fill(engine.chunks, architecture, vocabulary, HuggingFaceWeights(source))
+        window = np.array([given["window"]])
+        batch = Causal(given["document_end"]).batch(window, [0], world.device)
+        logits = engine.logits(batch)
+        if rank == 0 and logits is not None:
+            tensors = {"logits": logits.contiguous(), "counted": batch.mask_bs.contiguous()}
+            save_file(tensors, given["file"])
+        ranks.answer(job, rank, "done")
+
+
 def _export(engine: Any, folder: Path, first: bool, export: Any) -> None:
     import torch.distributed as dist
 

@@ -1,0 +1,45 @@
+"""Documents packed into one sample and kept apart are as each would be alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models.test_huggingface import TINY, saved
+from tests.ranks import layout_ranks, run_ranks
+from tests.training import programs
+
+DOCUMENT_END = 0
+LENGTHS = (9, 14, 5, 4)
+"""Tokens of each document with its end; the last one is cut off by the sample's."""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", [{}, {"context": 2}, {"tensor": 2, "context": 2}], ids=str)
+def test_each_document_has_the_logits_it_has_alone(
+    name: str, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    model = saved(tmp_path / "in", TINY[name])
+    random = torch.Generator().manual_seed(1)
+    documents = [torch.randint(1, 301, (length,), generator=random) for length in LENGTHS]
+    for document in documents[:-1]:
+        document[-1] = DOCUMENT_END
+    window = torch.cat([*documents, torch.tensor([7])])
+    run_ranks(
+        programs.packed_logits,
+        layout_ranks(layout),
+        tmp_path / "run",
+        source=str(tmp_path / "in"),
+        layout=layout,
+        window=window.tolist(),
+        document_end=DOCUMENT_END,
+        file=str(tmp_path / "out.safetensors"),
+    )
+    ours = load_file(tmp_path / "out.safetensors")
+    with torch.no_grad():
+        alone = torch.cat([model(document[None]).logits[0] for document in documents])
+    torch.testing.assert_close(ours["logits"][0], alone, atol=1e-4, rtol=0)
+    assert ours["counted"][0].equal((window[:-1] != DOCUMENT_END).float())
