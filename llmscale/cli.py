@@ -87,7 +87,7 @@ def verify(
     steps: Annotated[int, typer.Option(min=1, help="Training steps to compare.")] = 3,
     ranks: Annotated[int, typer.Option(help="CPU ranks at most: 8 or 16.")] = 8,
     exact_rank: Annotated[
-        int | None, typer.Option(help="Build this rank at its true size instead.")
+        int | None, typer.Option(help="Build this rank at its true size instead; proves nothing.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -107,7 +107,7 @@ class Architecture(Settings):
     tied_embeddings: bool | None = None
     bias: bool | None = None
     gated: bool | None = None
-    rotary_base: PositiveFloat = 10000.0
+    rotary_base: Annotated[float, Field(gt=1)] = 10000.0
     rotary_scaling_factor: PositiveFloat | None = None
     relative_buckets: Annotated[int, Field(ge=4, le=2**16)] = 32
     relative_distance: Size = 128

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from llmscale.parallel.context import own_places, whole_sequence
 from llmscale.parallel.probes import flash_attention
 
+LARGEST_FLASH_HEAD = 256
+
 
 class CoreAttention(MegatronModule):
     """Attention without the matrix of scores in memory, over a context-parallel group too.
@@ -74,7 +76,7 @@ class CoreAttention(MegatronModule):
             attention_bias = self.position_bias(places_s.to(query_sbnd.device), key.shape[0])
         plain = segments_bt is None and attention_bias is None
         flash = flash_attention(query_sbnd.device.type, query_sbnd.dtype)
-        if plain and flash is not None:
+        if plain and flash is not None and query_sbnd.shape[-1] <= LARGEST_FLASH_HEAD:
             return self._by_pieces(query_sbnd, key, value, group, flash)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_sbnd, key, value))
         whole = self.causal and plain and group.size() == 1
@@ -127,5 +129,6 @@ class CoreAttention(MegatronModule):
             three = (t.transpose(0, 1) for t in (piece, key[:end], value[:end]))
             # A causal mask of flash-attn is aligned to the last query and the last key.
             out = attend(*three, softmax_scale=self.softmax_scale, causal=self.causal)
+            out = out[0] if isinstance(out, tuple) else out  # early releases of version 3
             outs.append(out.transpose(0, 1))
         return torch.cat(outs).reshape(length, batch, -1)

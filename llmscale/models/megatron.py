@@ -279,7 +279,7 @@ def _build_chunk(
     model = Encoder if architecture.traits.objective == "masked" else LanguageModel
     return model(
         position_embedding_type="rope" if architecture.rotary else "learned_absolute",
-        rotary_base=int(architecture.rotary_base),
+        rotary_base=architecture.rotary_base,
         rope_scaling=architecture.rotary_scaling_factor is not None,
         rope_scaling_factor=architecture.rotary_scaling_factor or 1.0,
         **options,

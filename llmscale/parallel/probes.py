@@ -9,7 +9,7 @@ import torch
 
 from llmscale.errors import MachineError
 
-AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
+AMPERE, ADA, HOPPER, BLACKWELL, DESKTOP_BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 """Compute capabilities from which on a generation's features are there."""
 
 
@@ -42,12 +42,13 @@ def transformer_engine(device: str) -> bool:
 def fp8_recipe(device: str) -> str | None:
     """How Transformer Engine is to scale matrix products in 8 bits, if it can.
 
-    Blackwell scales blocks of 32 numbers in hardware (MXFP8); before it, whole tensors are
-    scaled by the largest numbers of former steps (Micikevicius et al. 2022, section 4).
+    Data-centre Blackwell scales blocks of 32 numbers in hardware (MXFP8); elsewhere, whole
+    tensors are scaled by the largest numbers of former steps (Micikevicius et al. 2022, section 4).
     """
     if not transformer_engine(device) or not _capable(device, ADA):
         return None
-    return "mxfp8" if _capable(device, BLACKWELL) else "delayed"
+    blocks = _capable(device, BLACKWELL) and not _capable(device, DESKTOP_BLACKWELL)
+    return "mxfp8" if blocks else "delayed"
 
 
 def gradient_accumulation_kernel() -> bool:

@@ -31,7 +31,7 @@ def import_huggingface(source: Path, target: Path) -> int:
         The number of parameters.
 
     Raises:
-        RecipeError: if the folder is not a Llama or GPT-2 model in safetensors.
+        RecipeError: if the folder is not a model of a known family in safetensors.
     """
     architecture = read_architecture(source)
     vocabulary = read_vocabulary(source)

@@ -70,6 +70,11 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
 def _require_tokens(stage: Pretrain, folder: Path, tokenizer: Any) -> None:
     """Checks that the tokenizer has what the model's objective needs."""
     family, kind = stage.architecture().family, stage.architecture().traits.objective
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"{folder}: the tokenizer has no end-of-text token (eos_token); name one in its "
+            "tokenizer_config.json, or use another tokenizer"
+        )
     if kind == "masked" and tokenizer.mask_token_id is None:
         raise RecipeError(
             f"{folder}: the tokenizer has no mask token, which {family} needs; "
@@ -78,13 +83,11 @@ def _require_tokens(stage: Pretrain, folder: Path, tokenizer: Any) -> None:
     if kind != "spans":
         return
     sentinels, needed = len(_sentinels(tokenizer.get_vocab())), stage.sentinels()
-    tokens = {"padding": tokenizer.pad_token_id, "end of text": tokenizer.eos_token_id}
-    lacking = [name for name, number in tokens.items() if number is None]
-    if lacking or sentinels < needed:
-        has = f"no {lacking[0]} token" if lacking else f"{sentinels} sentinels"
+    if tokenizer.pad_token_id is None or sentinels < needed:
+        has = f"{sentinels} sentinels" if sentinels < needed else "no padding token"
         raise RecipeError(
             f"{folder}: the tokenizer has {has}, but {family} needs {needed} sentinels "
-            f"({sentinel(0)}, ...), padding and an end of text; use another tokenizer"
+            f"({sentinel(0)}, ...) and padding; use another tokenizer"
         )
 
 

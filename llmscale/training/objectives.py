@@ -36,8 +36,9 @@ class Causal:
 
     Args:
         document_end: the token that ends a document, if documents packed into one sample are
-            to be kept apart: none sees another, positions begin anew in each, and the
-            first token of one is not predicted from the last of another.
+            to be kept apart: none sees another, learned positions begin anew in each (rotary
+            ones are relative), and the first token of one is not predicted from the last of
+            another.
     """
 
     document_end: int | None = None

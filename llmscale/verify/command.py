@@ -1,5 +1,6 @@
 """``llmscale verify``: a checked recipe proven, or one of its ranks built at true size."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def verify(
     loaded = load_recipe(recipe, overrides)
     if ranks not in MOST_RANKS:
         raise RecipeError(f"--ranks: {ranks} is no choice; use 8 or 16")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with console.status("verify") as status:
 
         def on_proof(stage: str, proof: Proof) -> None:

@@ -24,8 +24,8 @@ MOMENT_BYTES, FP32_BYTES = 8, 4
 class HeldTensor:
     """A parameter as one rank holds it.
 
-    ``parts`` is over how many ranks its whole is split, ``copies`` on how many each part is,
-    and ``whole`` its elements without padding, over all experts like it.
+    ``parts`` is over how many ranks its whole is split, ``copies`` on how many data and context
+    ranks each part is, and ``whole`` its elements without padding, over all experts like it.
     """
 
     name: str

@@ -131,7 +131,7 @@ def _small_model(model: Architecture, layout: Layout) -> Architecture:
     if model.family != "t5":  # which has spreads of its own
         update["initial_std"] = INITIAL_STD
     if model.experts:
-        update["experts"] = min(model.experts, EXPERTS)
+        update["experts"] = EXPERTS if layout.expert > 1 else min(model.experts, EXPERTS)
         update["experts_per_token"] = min(model.experts_per_token, model.experts, EXPERTS - 1)
     return model.model_copy(update=update)
 

@@ -16,7 +16,13 @@ from llmscale.recipe.recipe import Recipe
 from llmscale.stages.pretrain import Pretrain
 from llmscale.verify.proof import Proof, proofs
 from llmscale.verify.rank import LAYOUT, PROOF, REFERENCE, RESUMED, prove_rank
-from llmscale.verify.verdict import LOW_PRECISION_LOSS, Check, curve_checks, tensor_check
+from llmscale.verify.verdict import (
+    LOW_PRECISION_LOSS,
+    LOW_PRECISION_NORM,
+    Check,
+    curve_checks,
+    tensor_check,
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,9 @@ def prove_recipe(
     for name, stage in training_stages(recipe).items():
         for proof in proofs(stage, recipe.cluster.ranks, steps=steps, most_ranks=most_ranks):
             on_proof(name, proof)
-            found.append(prove(name, proof))
-        if stage.precision in ("bf16", "fp8"):
-            found[-1] = _with_low_precision(found[-1])
+            proven = prove(name, proof)
+            low = stage.precision in ("bf16", "fp8")
+            found.append(_with_low_precision(proven) if low else proven)
     return found
 
 
@@ -114,18 +120,19 @@ def checks(folder: Path) -> list[Check]:
     folder = folder / "proof"
     reference: list[dict[str, Any]] = read_json(folder / REFERENCE / "curves.json")
     layout, resumed = read_json(folder / "layout.json"), read_json(folder / "resumed.json")
+    names: list[str] = read_json(folder / REFERENCE / "tensors.json")
     found = curve_checks(layout["curves"], reference[:-1])
     wrong_from = min((c.step for c in found[:2] if c.step is not None), default=None)
     for name in ("gradient", "parameter"):
         tensors = [one for one in layout["differences"] if one["what"] == name]
-        found.append(tensor_check(f"{name}s", tensors, wrong_from))
+        found.append(tensor_check(f"{name}s", tensors, names, wrong_from))
     again = [
-        tensor_check("checkpoint at one rank", resumed["differences"], wrong_from),
+        tensor_check("checkpoint at one rank", resumed["differences"], names, wrong_from),
         *curve_checks(resumed["curves"], reference[-1:], len(reference)),
     ]
     told = next((check for check in again if not check.agrees), again[0])
     found.append(replace(told, name="checkpoint at one rank"))
-    found.append(tensor_check("Hugging Face export", layout["export"], wrong_from))
+    found.append(tensor_check("Hugging Face export", layout["export"], names, wrong_from))
     return found
 
 
@@ -135,6 +142,9 @@ def _with_low_precision(proven: Proven) -> Proven:
         _run(folder, proof, [REFERENCE, LAYOUT], prove_rank)
         ours = read_json(folder / "proof" / "layout.json")["curves"]
         reference = read_json(folder / "proof" / REFERENCE / "curves.json")[:-1]
-    _, loss, _ = curve_checks(ours, reference)
-    check = Check("loss in bf16", loss.worst, LOW_PRECISION_LOSS)
-    return replace(proven, checks=(*proven.checks, check))
+    _, loss, norm = curve_checks(ours, reference)
+    low = (
+        replace(loss, name="loss in bf16", allowed=LOW_PRECISION_LOSS),
+        replace(norm, name="gradient norm in bf16", allowed=LOW_PRECISION_NORM),
+    )
+    return replace(proven, checks=(*proven.checks, *low))

@@ -145,6 +145,7 @@ def run_reference(proof: Proof, folder: Path) -> None:
             save_file(parameters, _tensors(folder, step + 1, "parameter"))
             curves.append(_curve(loss_sum, tokens, result.gradient_norm))
     write_json(folder / CURVES, curves)
+    write_json(folder / "tensors.json", sorted(parameters))
 
 
 def run_layout(proof: Proof, reference: Path, folder: Path) -> None:
@@ -215,7 +216,7 @@ def _exports_apart(expected: Path, folder: Path, step: int) -> list[Difference]:
     found = []
     for name in sorted({*ours, *theirs}):
         if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
-            apart = float((ours[name] - theirs[name]).abs().max())
+            apart = float((ours[name] - theirs[name]).abs().nan_to_num(torch.inf).max())
         else:
             apart = float("inf")
         scale = float(theirs[name].abs().max()) if name in theirs else 0.0

@@ -11,7 +11,7 @@ PARAMETER = 1e-5
 """Absolute, after some AdamW steps of 1e-3."""
 GRADIENT, GRADIENT_FLOOR = 1e-4, 2e-6
 """Of a tensor's largest gradient, and of the largest one of all tensors."""
-LOW_PRECISION_LOSS = 1e-2
+LOW_PRECISION_LOSS, LOW_PRECISION_NORM = 1e-2, 5e-2
 """Relative; bf16 has 8 bits."""
 
 
@@ -61,23 +61,30 @@ def _curve_check(
 
 
 def _relative(ours: float | None, reference: float | None) -> float:
-    if ours is None or reference is None or not math.isfinite(ours):
+    if ours is None or reference is None or not math.isfinite(ours + reference):
         return math.inf
     return abs(ours - reference) / max(abs(reference), 1e-30)
 
 
 def tensor_check(
-    name: str, found: Iterable[Mapping[str, Any]], wrong_loss_from: int | None
+    name: str,
+    found: Iterable[Mapping[str, Any]],
+    expected: Iterable[str],
+    wrong_loss_from: int | None,
 ) -> Check:
     """The worst of some tensors, and which is to blame.
 
-    Gradients flow from the output to the input: while the loss is right, the wrong tensor
-    nearest to the output is the first; once it is wrong, all are, and the farthest is told.
+    Every tensor of ``expected`` must be among them. Gradients flow from the output to the
+    input: while the loss is right, the wrong tensor nearest to the output is the first; once it
+    is wrong, all are, and the farthest is told.
     """
     found = list(found)
     allowed = GRADIENT if name == "gradients" else PARAMETER
+    missing = sorted({*expected} - {part for one in found for part in one["tensor"].split(" + ")})
+    if missing:
+        return Check(name, math.inf, allowed, f"no rank holds {missing[0]}")
     excess = [(_excess(one, found), one) for one in found]
-    worst = max((value for value, _ in excess), default=0.0)
+    worst = max(value for value, _ in excess)
     wrong = [(value, one) for value, one in excess if value > allowed]
     if not wrong:
         return Check(name, worst, allowed)
@@ -95,7 +102,9 @@ def tensor_check(
 
 def _excess(one: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> float:
     """A gradient's difference is measured against its tensor, other differences as they are."""
-    difference = one["difference"] if one["difference"] is not None else math.inf
+    difference = one["difference"]
+    if not math.isfinite(difference + one["scale"]):
+        return math.inf
     if one["what"] != "gradient":
         return float(difference)
     largest = max(other["scale"] for other in found if other["step"] == one["step"])

@@ -135,6 +135,18 @@ def test_a_folder_whose_tokenizer_has_no_mask_token_is_refused(tmp_path: Path) -
         run_recipe(recipe, tmp_path / "run", [], ["corpus", "pretrain"])
 
 
+@pytest.mark.ranks
+def test_a_folder_whose_tokenizer_has_no_end_of_text_is_refused(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    tokenizer = train_tokenizer(iter(["thunder"]), "bpe", 300, mask_token=True)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    recipe = tmp_path / "masked.yaml"
+    recipe.write_text(RECIPE.replace("tokenizer: tokenizer", "tokenizer: plain"))
+    with pytest.raises(StageError, match="plain: the tokenizer has no end-of-text token"):
+        run_recipe(recipe, tmp_path / "run", [], ["corpus", "pretrain"])
+
+
 def test_norms_of_the_first_folders_are_found_by_their_names_today(tmp_path: Path) -> None:
     names = {f"bert.embeddings.LayerNorm.{end}": torch.ones(2) for end in ("gamma", "beta")}
     save_file(names, tmp_path / "model.safetensors")

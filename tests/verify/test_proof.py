@@ -121,3 +121,25 @@ def test_four_degrees_on_eight_ranks_are_proven_three_at_a_time() -> None:
     )
     assert [one.ranks for one in proofs(stage, 128, steps=1, most_ranks=8)] == [8] * 4
     assert [one.ranks for one in proofs(stage, 128, steps=1, most_ranks=16)] == [16]
+
+
+def test_experts_that_two_ranks_do_not_divide_become_some_that_they_do() -> None:
+    stage = Pretrain(
+        kind="pretrain",
+        corpus="c",
+        tokenizer="t",
+        model=Architecture(
+            family="mixtral",
+            experts=3,
+            layers=2,
+            hidden_size=64,
+            attention_heads=4,
+            sequence_length=64,
+        ),
+        parallel=Layout(data=3, expert=3),
+        batch={"global": 6},
+        optimizer={"learning_rate": 1e-4},
+        steps=1,
+    )
+    (one,) = proofs(stage, 3, steps=1, most_ranks=8)
+    assert not problems(one)
