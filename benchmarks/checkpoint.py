@@ -27,7 +27,7 @@ def main() -> None:
     from llmscale.parallel.world import joined_world, process_groups
     from llmscale.training.checkpoint import Checkpoints, TrainingState
     from llmscale.training.megatron_engine import MegatronEngine
-    from llmscale.training.objectives import causal_batch
+    from llmscale.training.objectives import Causal
     from llmscale.training.settings import Optimizer
 
     with (
@@ -38,7 +38,7 @@ def main() -> None:
         architecture = Architecture(**SHAPE)
         engine = MegatronEngine(architecture, VOCABULARY, Layout(), Optimizer(learning_rate=1e-4))
         fill(engine.chunks, architecture, VOCABULARY, 0)
-        engine.train_step([causal_batch(windows(0), world.device)], 1e-4)
+        engine.train_step([Causal().batch(windows(0), [], world.device)], 1e-4)
         checkpoints = Checkpoints(Path(folder, "checkpoints"), keep=1)
         waited: dict[str, list[float]] = {"at once": [], "in the background": []}
         for number in range(1, 2 * SAVES + 1):
@@ -50,7 +50,7 @@ def main() -> None:
             else:
                 checkpoints.begin(engine, state)
                 held = time.perf_counter() - begun
-                engine.train_step([causal_batch(windows(number), world.device)], 1e-4)
+                engine.train_step([Causal().batch(windows(number), [], world.device)], 1e-4)
                 begun = time.perf_counter()
                 checkpoints.finish()
                 waited["in the background"].append(held + time.perf_counter() - begun)

@@ -83,7 +83,7 @@ def llmscale_trainer(rendezvous: str) -> Callable[[int], float]:
     from llmscale.parallel.layout import Layout
     from llmscale.parallel.world import joined_world, process_groups
     from llmscale.training.megatron_engine import MegatronEngine
-    from llmscale.training.objectives import causal_batch
+    from llmscale.training.objectives import Causal
     from llmscale.training.settings import Optimizer
 
     stack = ExitStack()
@@ -95,7 +95,7 @@ def llmscale_trainer(rendezvous: str) -> Callable[[int], float]:
     fill(engine.chunks, architecture, VOCABULARY, 0)
 
     def step(number: int) -> float:
-        batch = causal_batch(windows(number), world.device)
+        batch = Causal().batch(windows(number), [], world.device)
         return engine.train_step([batch], LEARNING_RATE).loss
 
     step.until = stack.pop_all()  # type: ignore[attr-defined]
