@@ -7,11 +7,10 @@ each place, among the sources that may have it, to the one whose next sample is 
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import lru_cache
-
-import numpy as np
 
 LONGEST_PATTERN = 100_000
 
@@ -46,23 +45,21 @@ class Blend:
         """The source of a sample of the blend, and how many of that source come before it."""
         rounds, slot = divmod(sample, len(self._sources))
         source = self._sources[slot]
-        return self._names[source], int(rounds * self._shares[source] + self._before[slot])
+        return self._names[source], rounds * self._shares[source] + self._before[slot]
 
     def counts(self, samples: int) -> dict[str, int]:
         """How many of the blend's first ``samples`` come from each source."""
         rounds, rest = divmod(samples, len(self._sources))
-        begun = np.bincount(self._sources[:rest], minlength=len(self._names))
-        return {
-            name: rounds * share + int(count)
-            for name, share, count in zip(self._names, self._shares, begun, strict=True)
-        }
+        begun = Counter(self._sources[:rest])
+        shares = zip(self._names, self._shares, strict=True)
+        return {name: rounds * share + begun[n] for n, (name, share) in enumerate(shares)}
 
 
 @lru_cache(maxsize=64)
-def _pattern(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _pattern(shares: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """The source at each place, and how many of it come before."""
     length = sum(shares)
-    sources, before = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
+    sources, before = [0] * length, [0] * length
     counts = [0] * len(shares)
     for place in range(length):
         allowed = (

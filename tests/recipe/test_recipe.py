@@ -264,7 +264,7 @@ def test_reading_a_recipe_imports_no_torch(quickstart: str, tmp_path: Path) -> N
     code = (
         "import sys; from pathlib import Path; from llmscale.recipe.recipe import load_recipe;"
         f"load_recipe(Path({str(file)!r}));"
-        "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
+        "print([m for m in ('torch', 'numpy', 'transformers', 'megatron') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
