@@ -10,7 +10,7 @@ from llmscale.verify.proof import Proof
 from llmscale.verify.prove import Proven
 
 if TYPE_CHECKING:
-    from llmscale.verify.exact import ExactRank
+    from llmscale.verify.exact import ExactRank, HeldStage
 
 GIBIBYTE = 2**30
 
@@ -107,16 +107,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def plain_exact(exact: "ExactRank") -> dict[str, Any]:
-    """The same as data."""
-    stages = [
-        {"stage": s.number, "layers": list(s.layers), "parameters": s.parameters}
-        for s in exact.stages
-    ]
-    tensors = [
-        {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "split": t.parts}
-        | {"copies": t.copies}
-        for t in exact.own.tensors
-    ]
+    """The same as data, with the tensors of every stage."""
     return {
         "rank": exact.rank,
         "ranks": exact.ranks,
@@ -126,6 +117,27 @@ def plain_exact(exact: "ExactRank") -> dict[str, Any]:
         "optimizer_bytes": exact.optimizer_bytes,
         "total_parameters": exact.total_parameters,
         "expected_parameters": exact.expected_parameters,
-        "tensors": tensors,
-        "stages": stages,
+        "tensors": _plain_tensors(exact.own),
+        "stages": [
+            {
+                "stage": held.number,
+                "layers": list(held.layers),
+                "parameters": held.parameters,
+                "tensors": _plain_tensors(held),
+            }
+            for held in exact.stages
+        ],
     }
+
+
+def _plain_tensors(held: "HeldStage") -> list[dict[str, Any]]:
+    return [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "split": tensor.parts,
+            "copies": tensor.copies,
+        }
+        for tensor in held.tensors
+    ]
