@@ -42,6 +42,7 @@ EXCLUSIVE = [
     {"data", "distributed"},
     {"recompute", "selective"},
 ]
+# Uneven stages and selective recompute meet others in the triples.
 PAIRED = [form for form in FORMS if form not in ("uneven", "selective")]
 TRIPLES = [
     ("tensor", "pipeline", "data"),
