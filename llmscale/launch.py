@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from llmscale.artifacts import RunFolder, write_text
-from llmscale.clusters.devices import require_device
+from llmscale.clusters.devices import cuda_present, require_device
 from llmscale.clusters.local import LocalCluster
 from llmscale.display import ConsoleDisplay
 from llmscale.errors import MachineError, RecipeError
 from llmscale.pipeline import Pipeline
 from llmscale.rank import run_rank
 from llmscale.recipe.recipe import Recipe, load_recipe
+from llmscale.stages.pretrain import Pretrain
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,17 @@ def _require_runnable(request: Request, stages: Sequence[str] | None) -> None:
             f"cluster.on: this version starts ranks on this machine only, not on {cluster.on}; "
             "use --on local, or --dry-run to see the tasks"
         )
+    in_fp8 = [
+        name
+        for name, stage in request.recipe.stages.items()
+        if isinstance(stage, Pretrain) and stage.precision == "fp8"
+    ]
     require_device(cluster.device)
+    if in_fp8 and not cuda_present():
+        raise MachineError(
+            f"stages.{in_fp8[0]}.precision: fp8 needs an NVIDIA GPU, and this machine has "
+            "none; use bf16"
+        )
     dry_run(request, stages)
 
 

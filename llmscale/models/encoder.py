@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -24,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmscale.models.architecture import TOKEN_TYPES
-from llmscale.models.attention import CoreAttention
 from llmscale.models.language_model import LanguageModel
+from llmscale.models.layers import FEED_FORWARD, self_attention
 from llmscale.models.norms import Norm
 
 
@@ -52,22 +46,12 @@ def encoder_layer_spec() -> ModuleSpec:
     Its linear layers are megatron-core's own on every device: Transformer Engine's gain is
     in a norm before them, which such a layer does not have.
     """
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.padding},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-        ),
-    )
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=PostNormLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=attention,
+            self_attention=self_attention(AttnMaskType.padding),
             self_attn_bda=get_bias_dropout_add,
-            mlp=ModuleSpec(module=MLP, submodules=linears),
+            mlp=FEED_FORWARD,
             mlp_bda=get_bias_dropout_add,
         ),
     )

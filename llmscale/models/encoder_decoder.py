@@ -17,14 +17,8 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.attention import (
-    CrossAttention,
-    CrossAttentionSubmodules,
-    SelfAttention,
-    SelfAttentionSubmodules,
-)
+from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -34,6 +28,7 @@ from torch import Tensor
 from llmscale.models.architecture import Architecture
 from llmscale.models.attention import CoreAttention
 from llmscale.models.language_model import LanguageModel
+from llmscale.models.layers import FEED_FORWARD, self_attention
 from llmscale.models.norms import Norm
 from llmscale.models.relative_positions import RelativeBias
 
@@ -144,29 +139,14 @@ def encoder_decoder_layer(architecture: Architecture, number: int) -> ModuleSpec
         params={"last": number == ends - 1},
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=_self_attention(causal=decoding),
+            self_attention=self_attention(
+                AttnMaskType.causal if decoding else AttnMaskType.no_mask
+            ),
             self_attn_bda=get_bias_dropout_add,
             **(_cross_attention() if decoding else {}),
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=FEED_FORWARD,
             mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
-def _self_attention(causal: bool) -> ModuleSpec:
-    return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
         ),
     )
 

@@ -29,6 +29,108 @@ CLASSES = {
 
 Config = dict[str, Any]
 
+ROTARY_FAMILIES = ("llama", "qwen2", "qwen3", "mixtral")
+ROTARY_KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "attention_heads": "num_attention_heads",
+    "key_value_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "ffn_size": "intermediate_size",
+    "sequence_length": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
+KEYS: dict[str, dict[str, str]] = {
+    "llama": {**ROTARY_KEYS, "bias": "attention_bias"},
+    "qwen2": ROTARY_KEYS,
+    "qwen3": ROTARY_KEYS,
+    "mixtral": {
+        **ROTARY_KEYS,
+        "experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "balance_coefficient": "router_aux_loss_coef",
+    },
+    "gpt2": {
+        "layers": "n_layer",
+        "hidden_size": "n_embd",
+        "attention_heads": "n_head",
+        "ffn_size": "n_inner",
+        "sequence_length": "n_positions",
+        "norm_epsilon": "layer_norm_epsilon",
+    },
+    "bert": {
+        "layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "attention_heads": "num_attention_heads",
+        "ffn_size": "intermediate_size",
+        "sequence_length": "max_position_embeddings",
+        "norm_epsilon": "layer_norm_eps",
+    },
+    "t5": {
+        "layers": "num_layers",
+        "decoder_layers": "num_decoder_layers",
+        "hidden_size": "d_model",
+        "attention_heads": "num_heads",
+        "head_size": "d_kv",
+        "ffn_size": "d_ff",
+        "sequence_length": "n_positions",
+        "norm_epsilon": "layer_norm_epsilon",
+        "relative_buckets": "relative_attention_num_buckets",
+        "relative_distance": "relative_attention_max_distance",
+    },
+}
+"""An architecture's settings by the keys of each family's ``config.json``."""
+
+ROTARY_DEFAULTS: Config = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, Config] = {
+    "llama": {**ROTARY_DEFAULTS, "attention_bias": False},
+    "qwen2": ROTARY_DEFAULTS,
+    "qwen3": ROTARY_DEFAULTS,
+    "mixtral": {**ROTARY_DEFAULTS, "router_aux_loss_coef": 0.001},
+    "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5},
+    "bert": {"layer_norm_eps": 1e-12},
+    "t5": {
+        "num_decoder_layers": None,
+        "n_positions": 512,
+        "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+    },
+}
+"""What transformers takes where a key is missing; None is left to the architecture."""
+
+FIXED: dict[str, Config] = {
+    "llama": {"hidden_act": "silu"},
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    "mixtral": {"hidden_act": "silu", "sliding_window": None},
+    "gpt2": {"activation_function": "gelu_new"},
+    "bert": {
+        "hidden_act": "gelu",
+        "type_vocab_size": TOKEN_TYPES,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+    },
+    "t5": {},
+}
+"""What a folder must say, if it says anything, and what is written."""
+
+COMPLETED = {
+    "key_value_heads": "groups",
+    "head_size": "head",
+    "ffn_size": "ffn",
+    "decoder_layers": "decoders",
+    "tied_embeddings": "tied",
+    "bias": "biased",
+}
+"""Settings that an architecture completes, and under which name."""
+
 
 class _Reader:
     """One folder's configuration, and complaints that name it."""
@@ -64,9 +166,10 @@ def read_architecture(folder: Path) -> Architecture:
             f"{reader.path}: model_type {shown(kind)} is not supported; "
             f"give a folder of type {choices(CLASSES)}"
         )
-    read = {"gpt2": _read_gpt2, "bert": _read_bert, "t5": _read_t5}.get(kind, _read_llama)
+    for key, value in FIXED[kind].items():
+        reader.require(key, value)
     try:
-        return Architecture.model_validate({"family": kind, **read(reader, reader.config)})
+        return Architecture.model_validate({"family": kind, **_settings(reader, kind)})
     except KeyError as error:
         cause = f"{error.args[0]} is missing"
     except ValidationError as error:
@@ -92,181 +195,80 @@ def read_vocabulary(folder: Path) -> int:
 def write_config(architecture: Architecture, vocabulary: int, dtype: str) -> Config:
     """``config.json`` as transformers reads it."""
     family = architecture.family
-    write = {"gpt2": _gpt2, "bert": _bert, "t5": _t5}.get(family, _llama)
-    return {
+    config = {
         "architectures": [CLASSES[family]],
         "model_type": family,
         "vocab_size": vocabulary,
         "dtype": dtype,
         "tie_word_embeddings": architecture.tied,
-        **write(architecture),
+        **FIXED[family],
     }
+    for ours, theirs in KEYS[family].items():
+        config[theirs] = getattr(architecture, COMPLETED.get(ours, ours))
+    if family != "t5":  # which has spreads of its own
+        config["initializer_range"] = architecture.initial_std
+    return config | _own_form(architecture)
 
 
-def _read_llama(reader: _Reader, config: Config) -> Config:
-    """Llama, Qwen2, Qwen3 and Mixtral."""
-    family = config["model_type"]
-    reader.require("hidden_act", "silu")
+def _settings(reader: _Reader, family: str) -> Config:
+    config, defaults = reader.config, DEFAULTS[family]
+    own = _rotary_positions(reader, family) if family in ROTARY_FAMILIES else {}
+    own |= _read_t5(reader) if family == "t5" else {}
+    found = {
+        ours: config.get(theirs, defaults[theirs]) if theirs in defaults else config[theirs]
+        for ours, theirs in KEYS[family].items()
+    }
     if family == "llama":
-        reader.require("mlp_bias", config.get("attention_bias", False))
-    elif family == "qwen3":
-        reader.require("attention_bias", False)
-    if config.get("use_sliding_window", family == "mixtral"):
-        reader.require("sliding_window", None)
+        reader.require("mlp_bias", found["bias"])
+    return found | own
+
+
+def _own_form(architecture: Architecture) -> Config:
+    """What a family writes in a form of its own."""
+    if architecture.family == "bert":
+        return {"pad_token_id": None}  # transformers would freeze the row of its default, 0
+    if architecture.family == "t5":
+        return _t5(architecture)
+    if architecture.family == "gpt2":
+        return {}
+    rope: Config = {"rope_type": "default", "rope_theta": architecture.rotary_base}
+    if architecture.rotary_scaling_factor is not None:
+        rope |= {"rope_type": "llama3", "factor": architecture.rotary_scaling_factor}
+        rope |= LLAMA3_ROTARY
+    biases = {"mlp_bias": architecture.biased} if architecture.family == "llama" else {}
+    return {"rope_parameters": rope, **biases}
+
+
+def _rotary_positions(reader: _Reader, family: str) -> Config:
+    config = reader.config
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", "default")
-    if kind != "default" and (kind, family) != ("llama3", "llama"):
+    base = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if kind == "default":
+        return {"rotary_base": base}
+    if (kind, family) != ("llama3", "llama"):
         offered = "default or llama3" if family == "llama" else "default"
         raise RecipeError(f"{reader.path}: rope_type {kind!r} is not {offered}")
-    settings = {
-        "layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "attention_heads": config["num_attention_heads"],
-        "key_value_heads": config.get("num_key_value_heads"),
-        "head_size": config.get("head_dim"),
-        "ffn_size": config["intermediate_size"],
-        "sequence_length": config["max_position_embeddings"],
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "tied_embeddings": config.get("tie_word_embeddings", False),
-        "rotary_base": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-    }
-    if family == "llama":
-        settings["bias"] = config.get("attention_bias", False)
-    if family == "mixtral":
-        settings["experts"] = config["num_local_experts"]
-        settings["experts_per_token"] = config["num_experts_per_tok"]
-        settings["balance_coefficient"] = config.get("router_aux_loss_coef", 0.001)
-    if kind == "llama3":
-        settings["rotary_scaling_factor"] = rope["factor"]
-        for key, value in LLAMA3_ROTARY.items():
-            reader.require(key, value, rope)
-    return settings
-
-
-def _llama(a: Architecture) -> Config:
-    rope: Config = {"rope_type": "default", "rope_theta": a.rotary_base}
-    if a.rotary_scaling_factor is not None:
-        rope = {**rope, "rope_type": "llama3", "factor": a.rotary_scaling_factor, **LLAMA3_ROTARY}
-    own: dict[str, Config] = {
-        "llama": {"attention_bias": a.biased, "mlp_bias": a.biased},
-        "qwen2": {"use_sliding_window": False},
-        "qwen3": {"attention_bias": False, "use_sliding_window": False},
-        "mixtral": {
-            "num_local_experts": a.experts,
-            "num_experts_per_tok": a.experts_per_token,
-            "router_aux_loss_coef": a.balance_coefficient,
-            "sliding_window": None,
-        },
-    }
-    return {
-        "num_hidden_layers": a.layers,
-        "hidden_size": a.hidden_size,
-        "num_attention_heads": a.attention_heads,
-        "num_key_value_heads": a.groups,
-        "head_dim": a.head,
-        "intermediate_size": a.ffn,
-        "max_position_embeddings": a.sequence_length,
-        "rms_norm_eps": a.norm_epsilon,
-        "initializer_range": a.initial_std,
-        "hidden_act": "silu",
-        "rope_parameters": rope,
-        **own[a.family],
-    }
-
-
-def _read_gpt2(reader: _Reader, config: Config) -> Config:
-    reader.require("activation_function", "gelu_new")
-    return {
-        "layers": config["n_layer"],
-        "hidden_size": config["n_embd"],
-        "attention_heads": config["n_head"],
-        "ffn_size": config.get("n_inner") or 4 * config["n_embd"],
-        "sequence_length": config["n_positions"],
-        "norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-    }
-
-
-def _gpt2(a: Architecture) -> Config:
-    return {
-        "n_layer": a.layers,
-        "n_embd": a.hidden_size,
-        "n_head": a.attention_heads,
-        "n_inner": a.ffn,
-        "n_positions": a.sequence_length,
-        "layer_norm_epsilon": a.norm_epsilon,
-        "initializer_range": a.initial_std,
-        "activation_function": "gelu_new",
-    }
-
-
-def _read_bert(reader: _Reader, config: Config) -> Config:
-    reader.require("hidden_act", "gelu")
-    reader.require("type_vocab_size", TOKEN_TYPES)
-    reader.require("position_embedding_type", "absolute")
-    reader.require("tie_word_embeddings", True)
-    return {
-        "layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "attention_heads": config["num_attention_heads"],
-        "ffn_size": config["intermediate_size"],
-        "sequence_length": config["max_position_embeddings"],
-        "norm_epsilon": config.get("layer_norm_eps", 1e-12),
-    }
-
-
-def _bert(a: Architecture) -> Config:
-    return {
-        "num_hidden_layers": a.layers,
-        "hidden_size": a.hidden_size,
-        "num_attention_heads": a.attention_heads,
-        "intermediate_size": a.ffn,
-        "max_position_embeddings": a.sequence_length,
-        "type_vocab_size": TOKEN_TYPES,
-        "layer_norm_eps": a.norm_epsilon,
-        "initializer_range": a.initial_std,
-        "hidden_act": "gelu",
-        "pad_token_id": None,
-    }
+    for key, value in LLAMA3_ROTARY.items():
+        reader.require(key, value, rope)
+    return {"rotary_base": base, "rotary_scaling_factor": rope["factor"]}
 
 
 GATED_GELU = "gated-gelu"
 
 
-def _read_t5(reader: _Reader, config: Config) -> Config:
+def _read_t5(reader: _Reader) -> Config:
+    config = reader.config
     gated = config.get("feed_forward_proj", "relu") == GATED_GELU
     if not gated:
         reader.require("feed_forward_proj", "relu")
-    return {
-        "layers": config["num_layers"],
-        "decoder_layers": config.get("num_decoder_layers") or config["num_layers"],
-        "hidden_size": config["d_model"],
-        "attention_heads": config["num_heads"],
-        "head_size": config["d_kv"],
-        "ffn_size": config["d_ff"],
-        "sequence_length": config.get("n_positions", 512),
-        "norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
-        # transformers 5 writes tie_word_embeddings: true for models whose tables are not tied.
-        "tied_embeddings": config.get(
-            "scale_decoder_outputs", config.get("tie_word_embeddings", True)
-        ),
-        "gated": gated,
-        "relative_buckets": config.get("relative_attention_num_buckets", 32),
-        "relative_distance": config.get("relative_attention_max_distance", 128),
-    }
+    # transformers 5 writes tie_word_embeddings: true for models whose tables are not tied.
+    tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    return {"gated": gated, "tied_embeddings": tied}
 
 
-def _t5(a: Architecture) -> Config:
+def _t5(architecture: Architecture) -> Config:
     return {
-        "num_layers": a.layers,
-        "num_decoder_layers": a.decoders,
-        "d_model": a.hidden_size,
-        "num_heads": a.attention_heads,
-        "d_kv": a.head,
-        "d_ff": a.ffn,
-        "n_positions": a.sequence_length,
-        "layer_norm_epsilon": a.norm_epsilon,
-        "feed_forward_proj": GATED_GELU if a.gated_ffn else "relu",
-        "scale_decoder_outputs": a.tied,
-        "relative_attention_num_buckets": a.relative_buckets,
-        "relative_attention_max_distance": a.relative_distance,
+        "feed_forward_proj": GATED_GELU if architecture.gated_ffn else "relu",
+        "scale_decoder_outputs": architecture.tied,
     }

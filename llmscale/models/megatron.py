@@ -9,12 +9,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -36,6 +32,7 @@ from llmscale.models.attention import CoreAttention
 from llmscale.models.encoder import Encoder, MaskedHead, encoder_layer_spec
 from llmscale.models.encoder_decoder import EncoderDecoder, encoder_decoder_layer
 from llmscale.models.language_model import LanguageModel
+from llmscale.models.layers import FEED_FORWARD, LINEARS, self_attention
 from llmscale.models.norms import Norm
 from llmscale.models.router import BalancedRouter
 from llmscale.parallel.layout import Layout
@@ -180,23 +177,11 @@ def layer_spec(architecture: Architecture, device: str) -> ModuleSpec:
         if architecture.experts:
             spec.submodules.mlp.submodules.router = BalancedRouter
         return spec
-    query_key_norm = Norm if architecture.traits.query_key_norm else IdentityOp
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=query_key_norm,
-            k_layernorm=query_key_norm,
-        ),
-    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=attention,
+            self_attention=self_attention(AttnMaskType.causal, architecture.traits.query_key_norm),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=_mlp_spec(architecture),
@@ -207,10 +192,9 @@ def layer_spec(architecture: Architecture, device: str) -> ModuleSpec:
 
 
 def _mlp_spec(architecture: Architecture) -> ModuleSpec:
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if not architecture.experts:
-        return ModuleSpec(module=MLP, submodules=linears)
-    experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        return FEED_FORWARD
+    experts = ModuleSpec(module=SequentialMLP, submodules=LINEARS)
     return ModuleSpec(
         module=MoELayer, submodules=MoESubmodules(experts=experts, router=BalancedRouter)
     )

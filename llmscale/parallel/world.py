@@ -100,6 +100,19 @@ def imagined_world(rank: int, ranks: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def place_in_layout() -> dict[str, int]:
+    """This rank's number along each dimension of the layout whose groups are there."""
+    from megatron.core import parallel_state
+
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_rank(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
+        "context": parallel_state.get_context_parallel_rank(),
+        "expert": parallel_state.get_expert_model_parallel_rank(),
+        "data": parallel_state.get_data_parallel_rank(),
+    }
+
+
 @contextmanager
 def process_groups(layout: Layout, seed: int) -> Iterator[None]:
     """megatron-core's groups for a layout, and its random states, destroyed at the end."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from llmscale.models.huggingface import describe
 from llmscale.models.megatron import tensor_group
+from llmscale.parallel.world import place_in_layout
 from llmscale.training.megatron_engine import MegatronEngine
 
 Value = Callable[[torch.nn.Parameter], Tensor]
@@ -83,7 +83,7 @@ def differences(
                     what,
                     " + ".join(weight.names),
                     dist.get_rank(),
-                    place(group.size() > 1 and getattr(parameter, "tensor_model_parallel", False)),
+                    _place(group.size() > 1 and getattr(parameter, "tensor_model_parallel", False)),
                     float(apart.nan_to_num(torch.inf).max()),
                     float(expected.abs().max()),
                 )
@@ -97,14 +97,7 @@ def _position(name: str, layers: int) -> int:
     return 0 if name.startswith("embedding.") else layers + 1
 
 
-def place(sliced: bool) -> str:
+def _place(sliced: bool) -> str:
     """This rank in the layout's words, and whether it holds a slice or the whole tensor."""
-    ranks = {
-        "tensor rank": parallel_state.get_tensor_model_parallel_rank(),
-        "pipeline stage": parallel_state.get_pipeline_model_parallel_rank(),
-        "context rank": parallel_state.get_context_parallel_rank(),
-        "expert rank": parallel_state.get_expert_model_parallel_rank(),
-        "data rank": parallel_state.get_data_parallel_rank(),
-    }
-    words = ", ".join(f"{name} {number}" for name, number in ranks.items())
+    words = ", ".join(f"{name} rank {number}" for name, number in place_in_layout().items())
     return f"{'slice' if sliced else 'whole'} at {words}"

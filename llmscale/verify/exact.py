@@ -13,7 +13,7 @@ from llmscale.errors import RecipeError, StageError
 from llmscale.models.huggingface import describe
 from llmscale.models.megatron import build_chunks, inner_model, tensor_group
 from llmscale.models.shards import Vocabulary
-from llmscale.parallel.world import imagined_world, process_groups
+from llmscale.parallel.world import imagined_world, place_in_layout, process_groups
 from llmscale.stages.pretrain import Pretrain
 
 MOMENT_BYTES, FP32_BYTES = 8, 4
@@ -85,7 +85,7 @@ def exact_rank(stage: Pretrain, vocabulary: int, rank: int, ranks: int) -> Exact
     for number in range(stage.parallel.pipeline):
         counterpart = number * (ranks // stage.parallel.pipeline) + within
         with imagined_world(counterpart, ranks), process_groups(stage.parallel, seed=0):
-            places.append(_place())
+            places.append(place_in_layout())
             stages.append(_held(stage, vocabulary, number))
     whole: dict[str, int] = {}
     for held in stages:
@@ -118,16 +118,6 @@ def _require_all_layers(stages: list[HeldStage], layers: int) -> None:
             f"megatron-core builds {len(built)} layers of {layers} at this layout; "
             "lay them out by layers_per_stage"
         )
-
-
-def _place() -> dict[str, int]:
-    return {
-        "tensor": parallel_state.get_tensor_model_parallel_rank(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
-        "context": parallel_state.get_context_parallel_rank(),
-        "expert": parallel_state.get_expert_model_parallel_rank(),
-        "data": parallel_state.get_data_parallel_rank(),
-    }
 
 
 def _held(stage: Pretrain, vocabulary: int, number: int) -> HeldStage:

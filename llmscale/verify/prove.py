@@ -10,19 +10,13 @@ from typing import Any
 
 from llmscale.artifacts import read_json, write_json
 from llmscale.clusters.base import Job, Task
-from llmscale.clusters.local import Entry, LocalCluster
+from llmscale.clusters.local import LocalCluster
 from llmscale.errors import RecipeError, StageError
 from llmscale.recipe.recipe import Recipe
 from llmscale.stages.pretrain import Pretrain
 from llmscale.verify.proof import Proof, proofs
 from llmscale.verify.rank import LAYOUT, PROOF, REFERENCE, RESUMED, prove_rank
-from llmscale.verify.verdict import (
-    LOW_PRECISION_LOSS,
-    LOW_PRECISION_NORM,
-    Check,
-    curve_checks,
-    tensor_check,
-)
+from llmscale.verify.verdict import Check, curve_checks, low_precision_checks, tensor_check
 
 
 @dataclass(frozen=True)
@@ -83,14 +77,14 @@ def prove_recipe(
     return found
 
 
-def prove(stage: str, proof: Proof, entry: Entry = prove_rank) -> Proven:
+def prove(stage: str, proof: Proof) -> Proven:
     """Runs a proof's tasks and compares; its folder is kept only if a rank failed.
 
     Raises:
         StageError: if a rank failed; names it, the cause, and its log.
     """
     with _folder() as folder:
-        _run(folder, proof, [REFERENCE, LAYOUT, RESUMED], entry)
+        _run(folder, proof, [REFERENCE, LAYOUT, RESUMED])
         return Proven(stage, proof, tuple(checks(folder)))
 
 
@@ -107,12 +101,12 @@ def _folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(folder: Path, proof: Proof, tasks: list[str], entry: Entry) -> None:
+def _run(folder: Path, proof: Proof, tasks: list[str]) -> None:
     (folder / "proof").mkdir(exist_ok=True)
     write_json(folder / "proof" / PROOF, proof.model_dump(mode="json", by_alias=True))
     for task in tasks:
         ranks = proof.ranks if task == LAYOUT else 1
-        LocalCluster(entry).run(Job(folder, "proof", Task(task, ranks)))
+        LocalCluster(prove_rank).run(Job(folder, "proof", Task(task, ranks)))
 
 
 def checks(folder: Path) -> list[Check]:
@@ -139,12 +133,7 @@ def checks(folder: Path) -> list[Check]:
 def _with_low_precision(proven: Proven) -> Proven:
     proof = proven.proof.model_copy(update={"precision": "bf16"})
     with _folder() as folder:
-        _run(folder, proof, [REFERENCE, LAYOUT], prove_rank)
+        _run(folder, proof, [REFERENCE, LAYOUT])
         ours = read_json(folder / "proof" / "layout.json")["curves"]
         reference = read_json(folder / "proof" / REFERENCE / "curves.json")[:-1]
-    _, loss, norm = curve_checks(ours, reference)
-    low = (
-        replace(loss, name="loss in bf16", allowed=LOW_PRECISION_LOSS),
-        replace(norm, name="gradient norm in bf16", allowed=LOW_PRECISION_NORM),
-    )
-    return replace(proven, checks=(*proven.checks, *low))
+    return replace(proven, checks=(*proven.checks, *low_precision_checks(ours, reference)))

@@ -13,12 +13,17 @@ REFERENCE, LAYOUT, RESUMED = "reference", "layout", "resumed"
 def prove_rank(job: Job, rank: int, rendezvous: str) -> None:
     """One rank of one task of the proof in the job's folder."""
     import llmscale.quiet  # noqa: F401
-    from llmscale.parallel.world import joined_world
+    from llmscale.parallel.layout import Layout
+    from llmscale.parallel.world import joined_world, process_groups
     from llmscale.verify.runs import resume_at_one_rank, run_layout, run_reference
 
     folder: Path = job.run_folder / job.stage
     proof = Proof.model_validate(read_json(folder / PROOF))
-    with joined_world(rank=rank, ranks=job.task.ranks, rendezvous=rendezvous, device="cpu"):
+    layout = proof.parallel if job.task.name == LAYOUT else Layout()
+    with (
+        joined_world(rank=rank, ranks=job.task.ranks, rendezvous=rendezvous, device="cpu"),
+        process_groups(layout, proof.seed),
+    ):
         if job.task.name == REFERENCE:
             run_reference(proof, folder / REFERENCE)
         elif job.task.name == LAYOUT:

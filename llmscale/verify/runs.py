@@ -1,8 +1,8 @@
-"""What the ranks of a proof do: the reference at one rank, the layout, and what it left."""
+"""What the ranks of a proof do: the reference at one rank, the layout, and what it left.
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+Each runs within the process groups of its own layout.
+"""
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from safetensors.torch import load_file, save_file
 
 from llmscale.artifacts import read_json, write_json
 from llmscale.data.samples import Samples, rank_places
 from llmscale.models.huggingface import export, fill
-from llmscale.parallel.world import process_groups
 from llmscale.training.batches import ModelBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.megatron_engine import MegatronEngine
@@ -36,7 +34,7 @@ DOCUMENT_END, MASK, PADDING, FIRST_ORDINARY = 0, 1, 2, 3
 SENTINELS = 16
 MEAN_DOCUMENT = 12
 """Tokens; so that a sample holds several documents, and ends within one."""
-CURVES = "curves.json"
+CURVES, TENSORS = "curves.json", "tensors.json"
 
 
 @dataclass(frozen=True)
@@ -98,26 +96,15 @@ def _batches(proof: Proof, samples: Samples, step: int) -> list[ModelBatch]:
     ]
 
 
-def _forget_former_groups() -> None:
-    """A former proof's engine refers to itself, and a cache of angles to its groups; groups have
-    threads that cost time even when they idle."""
-    RotaryEmbedding.forward.cache_clear()
-    gc.collect()
-
-
-@contextmanager
-def _engine(proof: Proof) -> Iterator[MegatronEngine]:
-    _forget_former_groups()
-    with process_groups(proof.parallel, proof.seed):
-        engine = MegatronEngine(
-            proof.model,
-            proof.vocabulary,
-            proof.parallel,
-            proof.optimizer,
-            precision=proof.precision,
-            recompute=proof.recompute,
-        )
-        yield engine
+def _engine(proof: Proof) -> MegatronEngine:
+    return MegatronEngine(
+        proof.model,
+        proof.vocabulary,
+        proof.parallel,
+        proof.optimizer,
+        precision=proof.precision,
+        recompute=proof.recompute,
+    )
 
 
 def _curve(loss_sum: float, tokens: int, norm: float) -> dict[str, float]:
@@ -131,21 +118,21 @@ def _tensors(folder: Path, step: int, what: str) -> Path:
 def run_reference(proof: Proof, folder: Path) -> None:
     """Trains at one rank; leaves curves, and after each step gradients and parameters."""
     folder.mkdir(parents=True, exist_ok=True)
-    samples, curves = _samples(proof), []
-    with _engine(proof.at_one_rank()) as engine:
-        fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
-        for step in range(proof.steps + 1):
-            if step == proof.steps:
-                _export(engine, folder / "hf")
-            loss_sum, tokens = engine.backward(_batches(proof.at_one_rank(), samples, step))
-            gradients = whole_values(engine, gradient_value)
-            result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
-            save_file(gradients, _tensors(folder, step + 1, "gradient"))
-            parameters = whole_values(engine, parameter_value)
-            save_file(parameters, _tensors(folder, step + 1, "parameter"))
-            curves.append(_curve(loss_sum, tokens, result.gradient_norm))
+    samples, curves, plain = _samples(proof), [], proof.at_one_rank()
+    engine = _engine(plain)
+    fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
+    for step in range(proof.steps + 1):
+        if step == proof.steps:
+            _export(engine, folder / "hf")
+        loss_sum, tokens = engine.backward(_batches(plain, samples, step))
+        gradients = whole_values(engine, gradient_value)
+        result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+        save_file(gradients, _tensors(folder, step + 1, "gradient"))
+        parameters = whole_values(engine, parameter_value)
+        save_file(parameters, _tensors(folder, step + 1, "parameter"))
+        curves.append(_curve(loss_sum, tokens, result.gradient_norm))
     write_json(folder / CURVES, curves)
-    write_json(folder / "tensors.json", sorted(parameters))
+    write_json(folder / TENSORS, sorted(parameters))
 
 
 def run_layout(proof: Proof, reference: Path, folder: Path) -> None:
@@ -155,19 +142,19 @@ def run_layout(proof: Proof, reference: Path, folder: Path) -> None:
     dist.barrier()
     samples, curves = _samples(proof), []
     found: list[Difference] = []
-    with _engine(proof) as engine:
-        fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
-        for step in range(proof.steps):
-            loss_sum, tokens = engine.backward(_batches(proof, samples, step))
-            complete_gradients(engine)
-            found += _compared(engine, reference, step + 1, "gradient")
-            result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
-            found += _compared(engine, reference, step + 1, "parameter")
-            curves.append(_curve(loss_sum, tokens, result.gradient_norm))
-        consumed = proof.steps * proof.batch.global_
-        state = TrainingState(step=proof.steps, consumed_samples=consumed)
-        Checkpoints(folder / "checkpoints", keep=1).save(engine, state)
-        _export(engine, folder / "hf")
+    engine = _engine(proof)
+    fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
+    for step in range(proof.steps):
+        loss_sum, tokens = engine.backward(_batches(proof, samples, step))
+        complete_gradients(engine)
+        found += _compared(engine, reference, step + 1, "gradient")
+        result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+        found += _compared(engine, reference, step + 1, "parameter")
+        curves.append(_curve(loss_sum, tokens, result.gradient_norm))
+    consumed = proof.steps * proof.batch.global_
+    state = TrainingState(step=proof.steps, consumed_samples=consumed)
+    Checkpoints(folder / "checkpoints", keep=1).save(engine, state)
+    _export(engine, folder / "hf")
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [asdict(difference) for difference in found])
     if dist.get_rank() == 0:
@@ -183,16 +170,14 @@ def run_layout(proof: Proof, reference: Path, folder: Path) -> None:
 
 def resume_at_one_rank(proof: Proof, reference: Path, folder: Path) -> None:
     """Loads the layout's checkpoint at one rank, compares, and takes one step more."""
-    samples = _samples(proof)
     alone = proof.at_one_rank().model_copy(update={"optimizer": proof.optimizer})
-    with _engine(alone) as engine:
-        state = Checkpoints(folder / "checkpoints", keep=1).load(engine, proof.steps)
-        found = _compared(engine, reference, state.step, "parameter")
-        batches = _batches(alone, samples, state.step)
-        loss_sum, tokens = engine.backward(batches)
-        result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
-        found += _compared(engine, reference, state.step + 1, "parameter")
-        curve = _curve(loss_sum, tokens, result.gradient_norm)
+    engine = _engine(alone)
+    state = Checkpoints(folder / "checkpoints", keep=1).load(engine, proof.steps)
+    found = _compared(engine, reference, state.step, "parameter")
+    loss_sum, tokens = engine.backward(_batches(alone, _samples(proof), state.step))
+    result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+    found += _compared(engine, reference, state.step + 1, "parameter")
+    curve = _curve(loss_sum, tokens, result.gradient_norm)
     answer = {"curves": [curve], "differences": [asdict(difference) for difference in found]}
     write_json(folder / "resumed.json", answer)
 

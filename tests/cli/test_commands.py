@@ -65,6 +65,11 @@ def test_every_shipped_recipe_shows_and_dry_runs(recipe: Path, tmp_path: Path) -
         (["run", QUICKSTART, "--stages", "nope"], 2, ["nope", "corpus, tokenizer"]),
         (["run", QUICKSTART, "--on", "moon"], 2, ["moon", "local"]),
         (["run", QUICKSTART, "cluster.device=cuda"], 3, ["GPU", "cluster.device=cpu"]),
+        (
+            ["run", QUICKSTART, "cluster.device=auto", "stages.pretrain.precision=fp8"],
+            3,
+            ["stages.pretrain.precision: fp8 needs an NVIDIA GPU", "use bf16"],
+        ),
         (["run", QUICKSTART, "--on", "slurm"], 3, ["slurm", "--on local"]),
         (["status", "absent"], 2, ["absent", "run folder"]),
         (["logs", "absent"], 2, ["absent"]),

@@ -22,26 +22,21 @@ from transformers import (
 from tests.ranks import layout_ranks, run_ranks
 from tests.training import programs
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 301,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
+OWN_HEADS: dict[str, Any] = {**SIZES, "num_attention_heads": 4, "head_dim": 16}
 TINY = {
-    "llama": LlamaConfig(
-        vocab_size=301,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    ),
+    "llama": LlamaConfig(**GROUPED, tie_word_embeddings=False),
     "llama, tied, biased, scaled rotary": LlamaConfig(
-        vocab_size=301,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        **OWN_HEADS,
         num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=64,
         tie_word_embeddings=True,
         attention_bias=True,
         mlp_bias=True,
@@ -54,47 +49,11 @@ TINY = {
             "original_max_position_embeddings": 8192,
         },
     ),
-    "qwen2": Qwen2Config(
-        vocab_size=301,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    ),
-    "qwen3": Qwen3Config(
-        vocab_size=301,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    ),
-    "mixtral": MixtralConfig(
-        vocab_size=301,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-    ),
+    "qwen2": Qwen2Config(**GROUPED, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**OWN_HEADS, num_key_value_heads=2, tie_word_embeddings=False),
+    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "gpt2": GPT2Config(vocab_size=301, n_embd=48, n_layer=4, n_head=6, n_positions=64),
-    "bert": BertConfig(
-        vocab_size=301,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        max_position_embeddings=64,
-    ),
+    "bert": BertConfig(**SIZES),
 }
 LAYOUTS: list[dict[str, Any]] = [
     {},

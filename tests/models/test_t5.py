@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from llmscale.models.huggingface_config import read_architecture
 from tests.models.test_huggingface import tensors
 from tests.ranks import layout_ranks, run_ranks
-from tests.training import t5_programs
+from tests.training import programs
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 301,
@@ -75,7 +75,7 @@ def test_logits_equal_those_of_transformers_and_the_export_is_exact(
     inputs = torch.randint(0, 301, (2, 32), generator=generator)
     targets = torch.randint(0, 301, (2, 16), generator=generator)
     run_ranks(
-        t5_programs.huggingface_round_trip,
+        programs.huggingface_round_trip,
         layout_ranks(layout),
         tmp_path / "run",
         source=str(tmp_path / "in"),

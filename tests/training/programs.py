@@ -35,63 +35,15 @@ def logits_of_stage(job: Job, rank: int, rendezvous: str) -> None:
 
 
 def huggingface_round_trip(job: Job, rank: int, rendezvous: str) -> None:
-    """A Hugging Face folder into a layout: logits, some training steps, and out again."""
+    """A Hugging Face folder into a layout: logits, and on request some steps, and out again."""
     given = ranks.settings(job)
     layout = Layout(**given["layout"])
     with ranks.joined(job, rank, rendezvous, layout) as world:
         import numpy as np
-        import torch
         from megatron.core import parallel_state
         from safetensors.torch import save_file
 
-        from llmscale.data.samples import rank_places
         from llmscale.models.huggingface import HuggingFaceWeights, export, fill
-        from llmscale.models.huggingface_config import read_architecture, read_vocabulary
-        from llmscale.training.batches import tokens_alone
-        from llmscale.training.megatron_engine import MegatronEngine
-        from llmscale.training.objectives import Causal
-        from llmscale.training.settings import Optimizer
-
-        source = Path(given["source"])
-        architecture = read_architecture(source)
-        vocabulary = read_vocabulary(source)
-        optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
-        engine = MegatronEngine(architecture, vocabulary, layout, optimizer)
-        fill(engine.chunks, architecture, vocabulary, HuggingFaceWeights(source))
-        tokens = torch.tensor(given["tokens"])
-        logits = engine.logits(tokens_alone(tokens))
-        if logits is not None and given.get("file"):
-            last = parallel_state.get_data_parallel_rank() == 0
-            if last and parallel_state.get_tensor_model_parallel_rank() == 0:
-                save_file({"logits": logits.contiguous()}, given["file"])
-        before = Path(given["exported"])
-        _export(engine, before, world.first, export)
-        losses = []
-        for step in range(given.get("steps", 0)):
-            places = rank_places(
-                consumed=2 * step,
-                global_batch=2,
-                micro_batch=1,
-                data_rank=parallel_state.get_data_parallel_rank(),
-                data_ranks=parallel_state.get_data_parallel_world_size(),
-            )
-            windows = [np.array([given["tokens"][0]] * len(p)) for p in places]
-            batches = [Causal().batch(window, [], world.device) for window in windows]
-            losses.append(engine.train_step(batches, 1e-4).loss)
-        if losses:
-            _export(engine, Path(given["trained"]), world.first, export)
-        ranks.answer(job, rank, losses)
-
-
-def packed_logits(job: Job, rank: int, rendezvous: str) -> None:
-    """Logits of a sample of several documents that are kept apart."""
-    given = ranks.settings(job)
-    layout = Layout(**given["layout"])
-    with ranks.joined(job, rank, rendezvous, layout) as world:
-        import numpy as np
-        from safetensors.torch import save_file
-
-        from llmscale.models.huggingface import HuggingFaceWeights, fill
         from llmscale.models.huggingface_config import read_architecture, read_vocabulary
         from llmscale.training.megatron_engine import MegatronEngine
         from llmscale.training.objectives import Causal
@@ -99,15 +51,122 @@ def packed_logits(job: Job, rank: int, rendezvous: str) -> None:
 
         source = Path(given["source"])
         architecture, vocabulary = read_architecture(source), read_vocabulary(source)
-        engine = MegatronEngine(architecture, vocabulary, layout, Optimizer(learning_rate=1.0))
+        optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
+        engine = MegatronEngine(architecture, vocabulary, layout, optimizer)
         fill(engine.chunks, architecture, vocabulary, HuggingFaceWeights(source))
+        logits = engine.logits(_looked_at(given, world.device))
+        first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        if logits is not None and first and parallel_state.get_tensor_model_parallel_rank() == 0:
+            save_file({"logits": logits.contiguous()}, given["file"])
+        if "exported" in given:
+            _export(engine, Path(given["exported"]), world.first, export)
+        losses = []
+        for step in range(given.get("steps", 0)):
+            windows = [np.array([given["tokens"][0]] * len(p)) for p in _places(step, 2, 1)]
+            batches = [Causal().batch(window, [], world.device) for window in windows]
+            losses.append(engine.train_step(batches, 1e-4).loss)
+        if losses:
+            _export(engine, Path(given["trained"]), world.first, export)
+        ranks.answer(job, rank, losses)
+
+
+def _looked_at(given: dict[str, Any], device: Any) -> Any:
+    """Tokens, an encoder's and a decoder's tokens, or a window of several documents."""
+    import numpy as np
+    import torch
+
+    from llmscale.training.batches import spans_alone, tokens_alone
+    from llmscale.training.objectives import Causal
+
+    if "window" in given:
         window = np.array([given["window"]])
-        batch = Causal(given["document_end"]).batch(window, [0], world.device)
-        logits = engine.logits(batch)
-        if rank == 0 and logits is not None:
-            tensors = {"logits": logits.contiguous(), "counted": batch.mask_bs.contiguous()}
-            save_file(tensors, given["file"])
-        ranks.answer(job, rank, "done")
+        return Causal(given["document_end"]).batch(window, [0], device)
+    if "targets" in given:
+        return spans_alone(torch.tensor(given["inputs"]), torch.tensor(given["targets"]))
+    return tokens_alone(torch.tensor(given["tokens"]))
+
+
+def _places(step: int, samples: int, micro_batch: int) -> list[list[int]]:
+    """This data rank's micro-batches of a step."""
+    from megatron.core import parallel_state
+
+    from llmscale.data.samples import rank_places
+
+    return rank_places(
+        consumed=samples * step,
+        global_batch=samples,
+        micro_batch=micro_batch,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_ranks=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def t5_steps(job: Job, rank: int, rendezvous: str) -> None:
+    """Some steps of T5 from the seed, or from another layout's checkpoint, and the model."""
+    given: Any = ranks.settings(job)
+    layout = Layout(**given["layout"])
+    with ranks.joined(job, rank, rendezvous, layout) as world:
+        import numpy as np
+
+        from llmscale.models.architecture import Architecture
+        from llmscale.models.huggingface import export, fill
+        from llmscale.training.checkpoint import Checkpoints, TrainingState
+        from llmscale.training.megatron_engine import MegatronEngine
+        from llmscale.training.objectives import Spans
+        from llmscale.training.settings import Optimizer
+
+        architecture = Architecture(**given["model"])
+        optimizer = Optimizer(
+            learning_rate=1e-3, epsilon=1e-5, distributed=given.get("distributed", False)
+        )
+        engine = MegatronEngine(architecture, 301, layout, optimizer)
+        objective = Spans(
+            sequence_length=32, sentinels=tuple(range(2, 12)), padding=1, end=0, seed=7
+        )
+        checkpoints = Checkpoints(Path(given["checkpoints"]), 9)
+        start = given.get("start", 0)
+        if start:
+            checkpoints.load(engine, start)
+        else:
+            fill(engine.chunks, architecture, 301, 5)
+        text = np.random.default_rng(3).integers(12, 301, (100, objective.sample_length(32) + 1))
+        results = []
+        for step in range(start, given["steps"]):
+            batches = [objective.batch(text[own], own, world.device) for own in _places(step, 8, 2)]
+            result = engine.train_step(batches, 1e-3)
+            results.append([result.loss, result.gradient_norm])
+            if step + 1 == given.get("save"):
+                checkpoints.save(engine, TrainingState(step=step + 1))
+        _export(engine, Path(given["exported"]), world.first, export)
+        ranks.answer(job, rank, results)
+
+
+def step_of_one_token(job: Job, rank: int, rendezvous: str) -> None:
+    """A step in which the first token of all counts alone, so that one context rank has it."""
+    layout = Layout(**ranks.settings(job)["layout"])
+    with ranks.joined(job, rank, rendezvous, layout) as world:
+        from dataclasses import replace
+
+        import numpy as np
+
+        from llmscale.models.architecture import Architecture
+        from llmscale.models.huggingface import fill
+        from llmscale.training.megatron_engine import MegatronEngine
+        from llmscale.training.objectives import Causal
+        from llmscale.training.settings import Optimizer
+
+        architecture = Architecture(
+            layers=2, hidden_size=16, attention_heads=2, ffn_size=32, sequence_length=16
+        )
+        engine = MegatronEngine(architecture, 50, layout, Optimizer(learning_rate=1e-3))
+        fill(engine.chunks, architecture, 50, 1)
+        windows = np.random.default_rng(1).integers(0, 50, (2, 17))
+        batch = Causal().batch(windows, [], world.device)
+        mask = batch.mask_bs * 0
+        mask[0, 0] = 1
+        result = engine.train_step([replace(batch, mask_bs=mask)], 1e-3)
+        answer = {"loss": result.loss, "norm": result.gradient_norm, "tokens": result.tokens}
+        ranks.answer(job, rank, answer)
 
 
 def _export(engine: Any, folder: Path, first: bool, export: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from llmscale.data.tokenizer import train_tokenizer
@@ -18,6 +18,7 @@ from llmscale.evaluation.models import load_model
 from llmscale.models.huggingface import HuggingFaceWeights
 from llmscale.training.batches import TokenBatch
 from llmscale.training.objectives import Masked
+from tests.models.test_huggingface import tensors
 from tests.ranks import run_recipe
 from tests.training.test_layouts import curve
 
@@ -90,10 +91,6 @@ def test_another_seed_or_place_masks_other_tokens() -> None:
     windows = np.random.default_rng(1).integers(4, VOCABULARY, (1, 201))
     masks = [masked(windows, [place], seed).mask_bs for seed, place in ((7, 0), (7, 1), (8, 0))]
     assert not any(masks[a].equal(masks[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
 
 
 def write_texts(folder: Path) -> None:

@@ -14,7 +14,7 @@ from llmscale.data.span_lengths import span_lengths
 from tests.conftest import QUICKSTART
 from tests.models.test_huggingface import tensors
 from tests.ranks import layout_ranks, run_ranks, run_recipe
-from tests.training import t5_programs
+from tests.training import programs
 from tests.training.test_layouts import curve
 
 TEXTS = QUICKSTART.parent / "texts" / "shakespeare"
@@ -42,7 +42,7 @@ def train(folder: Path, case: dict[str, Any], **more: Any) -> list[list[float]]:
         **more,
     }
     results: list[list[float]] = run_ranks(
-        t5_programs.train, layout_ranks(case["layout"]), folder / "run", **given
+        programs.t5_steps, layout_ranks(case["layout"]), folder / "run", **given
     )
     return results
 

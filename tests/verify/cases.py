@@ -1,12 +1,10 @@
 """Many proofs at once: the world of each size is started once for all of its cases."""
 
 import hashlib
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from llmscale.artifacts import write_json
 from llmscale.verify.proof import Proof
 from llmscale.verify.prove import checks
 from llmscale.verify.verdict import Check
@@ -43,16 +41,6 @@ def proof(model: dict[str, Any], **settings: Any) -> Proof:
     )
 
 
-CASES_A_WORLD = 30
-"""A world that lives on keeps some threads of each former layout's groups."""
-
-
-def _in_turns(program: Any, ranks: int, folder: Path, cases: list[dict[str, Any]]) -> None:
-    for first in range(0, len(cases), CASES_A_WORLD):
-        some = cases[first : first + CASES_A_WORLD]
-        run_ranks(program, ranks, folder / str(first), cases=some)
-
-
 def run_proofs(
     cases: dict[str, Proof], folder: Path, plants: dict[str, str] | None = None
 ) -> dict[str, list[Check]]:
@@ -77,15 +65,14 @@ def run_proofs(
         | {"reference": ""}
         for key, one in references.items()
     ]
-    _in_turns(programs.references, 1, folder / "references", plain_cases)
+    run_ranks(programs.references, 1, folder / "references", cases=plain_cases)
     for ranks, some in by_ranks.items():
-        _in_turns(programs.layouts, ranks, folder / f"layouts-{ranks}", some)
+        run_ranks(programs.layouts, ranks, folder / f"layouts-{ranks}", cases=some)
     every = [case for some in by_ranks.values() for case in some]
-    _in_turns(programs.resumed, 1, folder / "resumed", every)
+    run_ranks(programs.resumed, 1, folder / "resumed", cases=every)
     found = {}
     for case in every:
         place = Path(case["folder"])
         (place / "reference").symlink_to(case["reference"])
         found[case["name"]] = checks(place.parent)
-    write_json(folder / "checks.json", json.loads(json.dumps(found, default=vars)))
     return found

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +21,10 @@ finalize = importlib.import_module("megatron.core.distributed.finalize_model_gra
 
 def _nothing(*_: Any, **__: Any) -> None:
     pass
+
+
+nothing = nullcontext
+"""No error at all."""
 
 
 @contextmanager

@@ -26,25 +26,41 @@ def resumed(job: Job, rank: int, rendezvous: str) -> None:
 
 def _each(job: Job, rank: int, rendezvous: str, task: str) -> None:
     import llmscale.quiet  # noqa: F401
-    from llmscale.parallel.world import joined_world
+    from llmscale.parallel.world import joined_world, process_groups
     from llmscale.verify.proof import Proof
     from llmscale.verify.runs import resume_at_one_rank, run_layout, run_reference
     from tests.verify import plants
 
-    with joined_world(rank=rank, ranks=job.task.ranks, rendezvous=rendezvous, device="cpu"):
+    several_layouts = task == "layout"
+    with (
+        joined_world(rank=rank, ranks=job.task.ranks, rendezvous=rendezvous, device="cpu"),
+        nullcontext() if several_layouts else process_groups(Layout(), seed=1),
+    ):
         for case in ranks.settings(job)["cases"]:
             print(case["folder"])
             proof = Proof.model_validate(case["proof"])
             folder, reference = Path(case["folder"]), Path(case["reference"])
-            plant = getattr(plants, case["plant"])() if case.get("plant") else nullcontext()
             if task == "reference":
                 run_reference(proof, folder)
-            elif task == "layout":
-                with plant:
-                    run_layout(proof, reference, folder)
-            else:
+            elif task == "resumed":
                 resume_at_one_rank(proof, reference, folder)
+            else:
+                plant = getattr(plants, case["plant"] or "nothing")
+                with plant(), process_groups(proof.parallel, proof.seed):
+                    run_layout(proof, reference, folder)
+                _forget_groups()
     ranks.answer(job, rank, "done")
+
+
+def _forget_groups() -> None:
+    """An engine that is done refers to itself, and a cache of angles to its groups, whose threads
+    cost time even when they idle."""
+    import gc
+
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
 
 
 def experts_and_a_dense_loop(job: Job, rank: int, rendezvous: str) -> None:

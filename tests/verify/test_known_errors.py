@@ -12,6 +12,8 @@ from llmscale.models.architecture import Architecture
 from llmscale.parallel.layout import Layout
 from llmscale.verify.proof import Proof
 from llmscale.verify.verdict import Check
+from tests.ranks import run_ranks
+from tests.training.programs import step_of_one_token
 from tests.verify.cases import proof, run_proofs
 
 LLAMA: dict[str, Any] = {"family": "llama", "key_value_heads": 2}
@@ -84,6 +86,17 @@ def test_gradients_reduced_while_the_backward_pass_goes_on_are_the_same(tmp_path
     plants = dict.fromkeys(cases, "gradients_reduced_early")
     for name, checks in run_proofs(cases, tmp_path, plants).items():
         assert [check for check in checks if not check.agrees] == [], name
+
+
+@pytest.mark.ranks
+def test_1764_a_context_rank_whose_tokens_are_all_masked_adds_nothing(tmp_path: Path) -> None:
+    one, two = (
+        run_ranks(step_of_one_token, ranks, tmp_path / str(ranks), layout={"context": ranks})
+        for ranks in (1, 2)
+    )
+    assert one["tokens"] == two["tokens"] == 1
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-4)
 
 
 def refusals(layers: int, **layout: Any) -> list[str]:

@@ -42,8 +42,6 @@ EXCLUSIVE = [
     {"data", "distributed"},
     {"recompute", "selective"},
 ]
-# Uneven stages and selective recompute meet others in the triples.
-PAIRED = [form for form in FORMS if form not in ("uneven", "selective")]
 TRIPLES = [
     ("tensor", "pipeline", "data"),
     ("sequence", "interleaved", "distributed"),
@@ -93,7 +91,7 @@ def compatible(forms: tuple[str, ...]) -> bool:
 
 def every_case() -> dict[str, Proof]:
     singles = [(form,) for form in FORMS]
-    pairs = [pair for pair in combinations(PAIRED, 2) if compatible(pair)]
+    pairs = [pair for pair in combinations(FORMS, 2) if compatible(pair)]
     wanted = [(name, forms) for name in MODELS for forms in [*singles, *pairs, *TRIPLES]]
     wanted += [(name, forms) for name in RELATED for forms in singles]
     models = MODELS | RELATED
@@ -115,16 +113,20 @@ def every_case() -> dict[str, Proof]:
 CASES = every_case()
 
 
-@pytest.fixture(scope="module")
-def chosen(request: pytest.FixtureRequest) -> list[str]:
-    whole = request.config.getoption("--all-layouts")
-    return list(CASES) if whole else list(CASES)[::SAMPLE]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        step = 1 if metafunc.config.getoption("--all-layouts") else SAMPLE
+        metafunc.parametrize("name", list(CASES)[::step])
 
 
 @pytest.fixture(scope="module")
-def found(chosen: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Check]]:
-    folder: Path = tmp_path_factory.mktemp("matrix")
-    return run_proofs({name: CASES[name] for name in chosen}, folder)
+def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Check]]:
+    """The checks of all cases that are to run, whose worlds are started once."""
+    here = [item for item in request.session.items if item.path == Path(__file__)]
+    names = [item.callspec.params["name"] for item in here if hasattr(item, "callspec")]
+    return run_proofs({name: CASES[name] for name in names}, tmp_path_factory.mktemp("matrix"))
 
 
 def test_the_matrix_has_forty_layouts_in_three_families_and_more() -> None:
@@ -135,10 +137,5 @@ def test_the_matrix_has_forty_layouts_in_three_families_and_more() -> None:
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_a_layout_equals_one_rank(
-    name: str, chosen: list[str], found: dict[str, list[Check]]
-) -> None:
-    if name not in chosen:
-        pytest.skip("run by --all-layouts")
+def test_a_layout_equals_one_rank(name: str, found: dict[str, list[Check]]) -> None:
     assert [check for check in found[name] if not check.agrees] == []
