@@ -24,7 +24,7 @@ def main() -> None:
             cluster.up()
             for name, value in cluster.environment.items():
                 print(f"export {name}={shlex.quote(value)}")
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -31,9 +31,11 @@ SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmctldPidFile={folder}/state/pid
+SlurmctldPidFile={folder}/state/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
 SlurmdSpoolDir={folder}/spool/%n
-SlurmdPidFile={folder}/spool/%n/pid
+SlurmdPidFile={folder}/spool/%n/slurmd.pid
+SlurmdLogFile={folder}/%n.log
 SlurmdParameters=config_overrides
 SlurmctldParameters=preempt_send_user_signal
 MailProg=/bin/true
@@ -148,14 +150,17 @@ class Cluster:
     def wait_until_idle(self, seconds: float = 30) -> None:
         """Waits until every node is idle; a daemon that is not up is an error."""
         wait_until(lambda: bool(self._dead()) or not self._busy_nodes(), seconds)
-        if late := self._dead() or self._busy_nodes():
-            raise RuntimeError(f"{late[0]} is not up: {self._tail(late[0])}")
+        if dead := self._dead():
+            raise RuntimeError(f"{dead[0]} is not up: {self._tail(dead[0])}")
+        if busy := self._busy_nodes():
+            raise RuntimeError(f"{busy[0]} is not idle: {self._tail(busy[0])}")
 
     def settle(self) -> None:
         """Cancels every job and brings back every node, as after ``up``."""
-        for node in self._dead():
-            self.mark_down(node)
-            self.start_node(node)
+        for node in self.nodes:
+            if not self._process(node):
+                self.mark_down(node)
+                self.start_node(node)
         for cancel in (["--signal=KILL", "--full"], []):
             self._try("scancel", *cancel, "--user=root")
         for node in self._busy_nodes():
@@ -223,13 +228,15 @@ class Cluster:
             raise RuntimeError(f"munged is not up: {self._tail('munged')}")
 
     def _start(self, daemon: str, argv: list[str]) -> None:
-        with (self.folder / f"{daemon}.log").open("ab") as log:
+        if self._process(daemon):
+            raise RuntimeError(f"{daemon} is up already")
+        with self._output(daemon).open("wb") as output:
             child = subprocess.Popen(
                 argv,
                 env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
         self._children[daemon] = child
@@ -260,6 +267,9 @@ class Cluster:
     def _pid_file(self, daemon: str) -> Path:
         return self.folder / f"{daemon}.pid"
 
+    def _output(self, daemon: str) -> Path:
+        return self.folder / f"{daemon}.out"
+
     def _dead(self) -> list[str]:
         return [name for name in ("munged", "slurmctld", *self.nodes) if not self._process(name)]
 
@@ -276,7 +286,7 @@ class Cluster:
             return ""
 
     def _tail(self, daemon: str) -> str:
-        return one_line((self.folder / f"{daemon}.log").read_text(errors="replace"))
+        return one_line(self._output(daemon).read_text(errors="replace"))
 
 
 @contextmanager
