@@ -1,16 +1,14 @@
-"""Run folders: manifests, atomic writes, checksums and the lock.
+"""Run folders: manifests, atomic writes and checksums.
 
 Everything here survives a power cut: a file is written beside its place, flushed to the
 disk, and renamed, so a reader finds the old content or the new and never a part.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmscale.errors import RecipeError
+from llmscale.holder import Holder
+from llmscale.lock import FolderLock
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
@@ -225,33 +224,12 @@ class RunFolder:
 
         Raises:
             RecipeError: if another process holds it.
+            OSError: if it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                raise RecipeError(
-                    f"{self.path}: {holder} is running in this folder; "
-                    "wait for it, cancel it, or choose another --run-dir"
-                ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            try:
-                yield
-            finally:
-                lock.truncate(0)
+        with FolderLock(self.path).held():
+            yield
 
-    def holder(self) -> str | None:
-        """``process PID on HOST`` of who runs in this folder now; None if nobody does."""
-        try:
-            with (self.path / ".lock").open("r", encoding="utf-8") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-        except FileNotFoundError:
-            return None
-        except BlockingIOError:
-            return (self.path / ".lock").read_text(encoding="utf-8").strip()
+    def holder(self) -> Holder | None:
+        """Who runs in this folder now; None if nobody does."""
+        return FolderLock(self.path).holder()

@@ -1,9 +1,7 @@
 """Looking at a run from its folder alone: status, logs, cancel, and its models."""
 
 import os
-import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +45,8 @@ def status(folder: RunFolder) -> dict[str, Any]:
                 "metrics": manifest.get("metrics", {}),
             }
         )
-    return {"run": str(folder.path), "recipe": recipe.name, "running": holder, "stages": stages}
+    running = None if holder is None else str(holder)
+    return {"run": str(folder.path), "recipe": recipe.name, "running": running, "stages": stages}
 
 
 def latest_stage(folder: RunFolder) -> str:
@@ -96,10 +95,9 @@ def cancel(folder: RunFolder) -> str:
     holder = folder.holder()
     if holder is None:
         return "nothing runs in this folder"
-    match = re.fullmatch(r"process (\d+) on (.+)", holder)
-    if match is None or match[2] != socket.gethostname():
+    if not holder.is_here():
         raise RecipeError(f"{folder.path}: {holder} runs it; cancel it there")
-    os.kill(int(match[1]), signal.SIGTERM)
+    os.kill(holder.process, signal.SIGTERM)
     return f"asked {holder} to save and stop"
 
 
