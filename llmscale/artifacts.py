@@ -197,16 +197,21 @@ class StageFolder:
 
 
 class RunFolder:
-    """A run's folder: its recipe and one folder a stage."""
+    """A run's folder: its recipe, one folder a stage, and of a sweep one a member."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._locked = False
         self.recipe_file = path / "recipe.yaml"
         self.report_file = path / "report.html"
 
     def stage(self, name: str) -> StageFolder:
         """The folder of the stage with that name."""
         return StageFolder(self.path / name)
+
+    def member(self, number: str) -> "RunFolder":
+        """The run folder of a sweep's member."""
+        return RunFolder(self.path / "sweep" / number)
 
     def set_aside(self, name: str) -> Path:
         """Moves a stage's outdated folder out of the way, keeping it."""
@@ -220,15 +225,22 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run folder for one writer.
+        """Holds the run folder for one writer, who may ask for it again meanwhile.
 
         Raises:
             RecipeError: if another process holds it.
             OSError: if it cannot be written.
         """
+        if self._locked:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with FolderLock(self.path).held():
-            yield
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def holder(self) -> Holder | None:
         """Who runs in this folder now; None if nobody does."""

@@ -53,22 +53,16 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe's stages, or go on where they were."""
-    from llmscale import launch
+    from llmscale.launch import launch
 
     chosen = stages.split(",") if stages else None
-    request = launch.request(recipe, overrides or [], on=on, run_dir=run_dir)
+    call = launch(recipe, overrides or [], on=on, run_dir=run_dir, stages=chosen, fresh=fresh)
     if dry_run:
-        answer = launch.dry_run(request, chosen)
-        lines = [
-            f"{task['stage']}: {task['task']} on {task['ranks']} rank(s): {task['action']}"
-            for task in answer["tasks"]
-        ]
-        _answer(as_json, answer, "\n".join(lines))
+        _answer(as_json, *call.dry_run())
     elif detach:
-        answer = launch.detached(request, chosen, fresh)
-        _answer(as_json, answer, f"running in {answer['run']}; see llmscale status {answer['run']}")
+        _answer(as_json, *call.detach())
     else:
-        _answer(as_json, launch.run(request, chosen, fresh, _console(as_json)))
+        _answer(as_json, call.run(_console(as_json)))
 
 
 @app.command()
@@ -114,15 +108,23 @@ def schema(as_json: Json = False) -> None:
 @app.command()
 def status(run_dir: RunDir, as_json: Json = False) -> None:
     """Tell how far a run is."""
-    from llmscale import runs
+    from llmscale.runs import open_run
+    from llmscale.status import member_lines
+    from llmscale.status import status as status_of
 
-    answer = runs.status(runs.open_run(run_dir))
+    answer = status_of(open_run(run_dir))
     lines = [f"{answer['recipe']} in {answer['run']}: {answer['running'] or 'not running'}"]
     for stage in answer["stages"]:
         progress = stage["progress"]
         how_far = f"{progress['done']}/{progress['total']} {progress['unit']}" if progress else ""
         detail = stage["error"] or (f"{how_far} {progress['text']}" if progress else "")
         lines.append(f"  {stage['stage']:<16} {stage['status']:<12} {detail}".rstrip())
+    lines += member_lines(answer.get("sweep", []))
+    lines += [
+        f"  {event['time']}  job {event['job']}: {event['outcome']}" for event in answer["events"]
+    ]
+    if answer["bad_nodes"]:
+        lines.append(f"  kept off {', '.join(answer['bad_nodes'])}: failed more than once")
     _answer(as_json, answer, "\n".join(lines))
 
 
@@ -138,10 +140,13 @@ def logs(
     from llmscale import runs
 
     folder = runs.open_run(run_dir)
-    name = stage or runs.latest_stage(folder)
-    lines = runs.log_lines(folder.stage(name), rank, follow, lambda: folder.holder() is not None)
+    lines = runs.log_lines(folder, rank, stage)
+    if follow:
+        lines = runs.followed_lines(folder, rank, stage, runs.Activity(folder))
     if as_json:
-        _answer(True, {"stage": name, "rank": rank, "lines": [line.rstrip("\n") for line in lines]})
+        told = [line.rstrip("\n") for line in lines]
+        name = stage or runs.latest_stage(folder)
+        _answer(True, {"stage": name, "rank": rank, "lines": told})
         return
     for line in lines:
         sys.stdout.write(line)

@@ -36,7 +36,6 @@ class ConsoleDisplay:
 
     def stage_started(self, name: str, task: str, ranks: int) -> None:
         self.stop()
-        self._folder.stage(name).progress_file.unlink(missing_ok=True)
         self._stage = name
         self._begun = self._line_at = time.monotonic()
         where = f"{ranks} ranks" if ranks > 1 else "1 rank"
@@ -56,16 +55,20 @@ class ConsoleDisplay:
 
     def stage_finished(self, name: str, metrics: dict[str, Any]) -> None:
         self.stop()
-        seconds = time.monotonic() - self._begun
+        took = f" in {time.monotonic() - self._begun:.0f} s" if self._stage == name else ""
         figures = ", ".join(f"{k} {_shown(v)}" for k, v in metrics.items() if _plain(v))
-        self._console.print(f"{name}: done in {seconds:.0f} s  {figures}", markup=False)
+        self._stage = ""
+        self._console.print(f"{name}: done{took}  {figures}", markup=False)
 
     def note(self, line: str) -> None:
         self._console.print(line, markup=False)
 
     def tick(self) -> None:
         """Looks at the progress file; cheap enough for some times a second."""
-        progress = read_progress(self._folder.stage(self._stage).progress_file)
+        try:
+            progress = read_progress(self._folder.stage(self._stage).progress_file)
+        except (OSError, ValueError):
+            return  # on NFS, a file that is just being replaced
         if progress is None:
             return
         if self._bar is not None:

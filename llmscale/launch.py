@@ -1,141 +1,145 @@
-"""Starting a run: from a recipe and a folder to a pipeline on a cluster."""
+"""Starting a run: from a recipe and a folder to what its cluster makes of them."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
-from llmscale.artifacts import RunFolder, write_text
-from llmscale.clusters.devices import cuda_present, require_device
+from llmscale.artifacts import RunFolder
 from llmscale.clusters.local import LocalCluster
+from llmscale.clusters.slurm.allocation import Allocation
 from llmscale.display import ConsoleDisplay
-from llmscale.errors import MachineError, RecipeError
+from llmscale.errors import RecipeError
 from llmscale.pipeline import Pipeline
 from llmscale.rank import run_rank
-from llmscale.recipe.recipe import Recipe, load_recipe
-from llmscale.stages.pretrain import Pretrain
+from llmscale.recipe.recipe import Recipe, load_recipe, read_resolved
+
+RUNS = Path("runs")
+"""Where runs are that were not told a folder."""
+
+
+class Launch(Protocol):
+    """A checked call of ``llmscale run``: nothing is written and no process started yet."""
+
+    def dry_run(self) -> tuple[dict[str, Any], str]:
+        """What ``run`` would start: for ``--json``, and for people."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Runs it to its end.
+
+        Raises:
+            MachineError: if this machine lacks what it needs.
+            StageError, Interrupted: as ``Pipeline.run``.
+        """
+
+    def detach(self) -> tuple[dict[str, Any], str]:
+        """Starts it and lets it go on by itself: for ``--json``, and for people."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked recipe and where it is to run."""
+    """A checked recipe, where it is to run, and how much of it.
+
+    Attributes:
+        stages: these alone, or single tasks as ``STAGE.TASK``; None for all.
+        fresh: keep former results aside and start over.
+    """
 
     recipe: Recipe
     folder: RunFolder
+    stages: Sequence[str] | None = None
+    fresh: bool = False
+
+    def pipeline(self, console: Console | None = None) -> Pipeline:
+        """The run's stages, on this machine."""
+        display = ConsoleDisplay(console or Console(quiet=True), self.folder)
+        cluster = LocalCluster(run_rank, display.tick)
+        return Pipeline(self.recipe, self.folder, cluster, display)
+
+    def finished(self, stages: Sequence[str] | None) -> bool:
+        """Whether nothing is left to run of these stages."""
+        pipeline = self.pipeline()
+        manifests = (self.folder.stage(name).manifest() for name in pipeline.chosen(stages))
+        if any(manifest.get("status") != "finished" for manifest in manifests):
+            return False  # without the fingerprints, which read what the recipe names
+        return all(plan.action == "skip" for plan in pipeline.plans(stages))
+
+    def dry_run(self) -> dict[str, Any]:
+        """What would run, and what it would do with each stage, whatever the cluster."""
+        tasks = [
+            {"stage": plan.name, "action": plan.action, "task": task.name, "ranks": task.ranks}
+            for plan in self.pipeline().plans(self.stages)
+            for task in self.recipe.stages[plan.name].tasks(self.recipe.cluster)
+        ]
+        return {"run": str(self.folder.path), "on": self.recipe.cluster.on, "tasks": tasks}
 
 
-def request(
-    recipe: Path, overrides: Sequence[str], *, on: str | None, run_dir: Path | None
-) -> Request:
-    """Reads and checks everything; nothing is written and no process started.
+def launch(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    on: str | None,
+    run_dir: Path | None,
+    stages: Sequence[str] | None,
+    fresh: bool,
+) -> Launch:
+    """Reads and checks everything, and chooses how to start it.
 
     Raises:
         RecipeError: if the recipe or the call is wrong.
     """
+    from llmscale.launch_local import LocalLaunch
+    from llmscale.launch_slurm import JobLaunch, SlurmLaunch, begun_by, request_in_job
+
     where = [f"cluster.on={on}"] if on else []
-    loaded = load_recipe(recipe, [*overrides, *where])
-    path = run_dir or Path("runs", loaded.name)
-    if path.exists() and not path.is_dir():
-        raise RecipeError(f"{path}: is a file; choose another --run-dir")
-    return Request(loaded, RunFolder(path))
+
+    def read(more: Sequence[str] = ()) -> Request:
+        loaded = load_recipe(recipe, [*overrides, *where, *more])
+        path = run_dir or RUNS / loaded.name
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"{path}: is a file; choose another --run-dir")
+        return Request(loaded, RunFolder(path), stages, fresh)
+
+    allocation = Allocation.own()
+    begun = begun_by(allocation, run_dir) if allocation is not None else None
+    nodes_told = any(override.startswith("cluster.nodes=") for override in overrides)
+    if begun is not None:
+        request = Request(read_resolved(begun.recipe_file), begun, stages)
+    elif allocation is not None and not nodes_told:
+        request = request_in_job(allocation, read)
+    else:
+        request = read()
+    request.pipeline().plans(stages)
+    match request.recipe.cluster.on:
+        case "slurm" if allocation is not None:
+            return JobLaunch(request, allocation)
+        case "slurm":
+            return SlurmLaunch(request)
+        case _:
+            return LocalLaunch(request)
 
 
-def dry_run(request: Request, stages: Sequence[str] | None) -> dict[str, Any]:
-    """The tasks that ``run`` would start, and what it would do with each stage."""
-    recipe = request.recipe
-    plans = _pipeline(request, Console(quiet=True)).plans(stages)
-    tasks = [
-        {"stage": plan.name, "action": plan.action, "task": task.name, "ranks": task.ranks}
-        for plan in plans
-        for task in recipe.stages[plan.name].tasks(recipe.cluster)
-    ]
-    return {"run": str(request.folder.path), "on": recipe.cluster.on, "tasks": tasks}
-
-
-def run(
-    request: Request, stages: Sequence[str] | None, fresh: bool, console: Console
-) -> dict[str, Any]:
-    """Runs the stages here and writes the report, whatever came of them.
-
-    Raises:
-        MachineError: if this machine cannot run the recipe.
-        StageError, Interrupted: as ``Pipeline.run``.
-    """
+def run_pipeline(pipeline: Pipeline, request: Request, console: Console) -> dict[str, Any]:
+    """Runs a pipeline, writes the report whatever came of it, and tells the metrics."""
     from llmscale.report.report import write_report
 
-    _require_runnable(request, stages)
-    pipeline = _pipeline(request, console)
     try:
-        pipeline.run(stages, fresh)
+        pipeline.run(request.stages, request.fresh)
     finally:
         if isinstance(pipeline.display, ConsoleDisplay):
             pipeline.display.stop()
         if request.folder.recipe_file.exists():
             with suppress(OSError):
                 write_report(request.folder)
-    console.print(f"report: {request.folder.report_file}", markup=False)
-    metrics = {
-        n: request.folder.stage(n).manifest().get("metrics", {}) for n in request.recipe.stages
-    }
-    return {
-        "run": str(request.folder.path),
-        "report": str(request.folder.report_file),
-        "metrics": metrics,
-    }
+    return answer(request, console)
 
 
-def detached(request: Request, stages: Sequence[str] | None, fresh: bool) -> dict[str, Any]:
-    """Starts ``run`` in the background, with its output in ``RUN_DIR/launcher.log``."""
-    _require_runnable(request, stages)
+def answer(request: Request, console: Console) -> dict[str, Any]:
+    """Says where the report is, and gives what ``run --json`` prints."""
     folder = request.folder
-    holder = folder.holder()
-    if holder is not None:
-        raise RecipeError(f"{folder.path}: {holder} is running in this folder")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    submitted = folder.path.absolute() / "submitted.yaml"
-    write_text(submitted, request.recipe.to_yaml())
-    command = [sys.executable, "-m", "llmscale", "run", str(submitted)]
-    command += ["--run-dir", str(folder.path.absolute())]
-    command += ["--stages", ",".join(stages)] if stages else []
-    command += ["--fresh"] if fresh else []
-    log = folder.path / "launcher.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return {"run": str(folder.path), "process": process.pid, "log": str(log)}
-
-
-def _require_runnable(request: Request, stages: Sequence[str] | None) -> None:
-    cluster = request.recipe.cluster
-    if cluster.on != "local":
-        raise MachineError(
-            f"cluster.on: this version starts ranks on this machine only, not on {cluster.on}; "
-            "use --on local, or --dry-run to see the tasks"
-        )
-    in_fp8 = [
-        name
-        for name, stage in request.recipe.stages.items()
-        if isinstance(stage, Pretrain) and stage.precision == "fp8"
-    ]
-    require_device(cluster.device)
-    if in_fp8 and not cuda_present():
-        raise MachineError(
-            f"stages.{in_fp8[0]}.precision: fp8 needs an NVIDIA GPU, and this machine has "
-            "none; use bf16"
-        )
-    dry_run(request, stages)
-
-
-def _pipeline(request: Request, console: Console) -> Pipeline:
-    display = ConsoleDisplay(console, request.folder)
-    return Pipeline(request.recipe, request.folder, LocalCluster(run_rank, display.tick), display)
+    console.print(f"report: {folder.report_file}", markup=False)
+    metrics = {n: folder.stage(n).manifest().get("metrics", {}) for n in request.recipe.stages}
+    return {"run": str(folder.path), "report": str(folder.report_file), "metrics": metrics}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llmscale.artifacts import RunFolder, folder_fingerprint, now, remove_leftovers, write_text
-from llmscale.clusters.base import Cluster, Job
+from llmscale.clusters.base import Cluster, Job, Task
 from llmscale.errors import Interrupted, LlmscaleError, RecipeError
 from llmscale.recipe.recipe import Recipe
 
@@ -42,6 +42,11 @@ class Plan:
     """``skip``, ``start``, ``resume`` or ``rerun``."""
 
 
+def common_place(name: str) -> Path:
+    """Where a sweep's member links to for what all members have in common."""
+    return Path("..", "..", name)
+
+
 @dataclass
 class Pipeline:
     """A recipe in a run folder, on a cluster."""
@@ -54,36 +59,75 @@ class Pipeline:
     def run(self, only: Iterable[str] | None = None, fresh: bool = False) -> None:
         """Runs, or resumes, the stages.
 
+        Args:
+            only: these stages alone, or single tasks of them as ``STAGE.TASK``.
+            fresh: keep the stages' former results aside and start over.
+
         Raises:
             RecipeError: if the folder is in use, or a chosen stage needs an unfinished one.
             StageError: if a stage failed.
             Interrupted: if the user or the system stopped the run.
         """
-        chosen = self._chosen(only)
+        chosen = self.chosen(only)
         self._require_inputs(chosen)
         with self.folder.locked():
             write_text(self.folder.recipe_file, self.recipe.to_yaml())
             if fresh:
-                for name in chosen:
-                    if self.folder.stage(name).path.exists():
-                        kept = self.folder.set_aside(name)
-                        self.display.note(f"{name}: the former result is kept in {kept}")
+                self.set_aside(chosen)
             for name in chosen:
-                self._run_stage(name)
+                self._run_stage(name, self._tasks(name, only))
+
+    def set_aside(self, names: Iterable[str]) -> None:
+        """Keeps the former results of stages where they are not in the way."""
+        for name in names:
+            if self.folder.stage(name).path.exists():
+                kept = self.folder.set_aside(name)
+                self.display.note(f"{name}: the former result is kept in {kept}")
+
+    def jobs(self, only: Iterable[str] | None = None) -> list[Job]:
+        """The tasks of the stages that are not finished, in order.
+
+        Raises:
+            RecipeError: if a chosen stage needs an unfinished one.
+        """
+        self._require_inputs(self.chosen(only))
+        return [
+            Job(self.folder.path.absolute(), plan.name, task)
+            for plan in self.plans(only)
+            if plan.action != "skip"
+            for task in self._tasks(plan.name, only)
+        ]
+
+    def tasks(self, only: Iterable[str] | None = None) -> list[Task]:
+        """The tasks of the stages, finished or not, in order."""
+        return [task for name in self.chosen(only) for task in self._tasks(name, only)]
 
     def plans(self, only: Iterable[str] | None = None) -> list[Plan]:
         """What ``run`` would do with each stage, in order."""
-        return [self._plan(name) for name in self._chosen(only)]
+        return [self._plan(name) for name in self.chosen(only)]
 
-    def _chosen(self, only: Iterable[str] | None) -> list[str]:
+    def chosen(self, only: Iterable[str] | None) -> list[str]:
+        """The names of the stages, in order."""
         order = self.recipe.order()
         if only is None:
             return order
-        wanted = list(only)
+        wanted = [name.partition(".")[0] for name in only]
         for name in wanted:
             if name not in order:
                 raise RecipeError(f"--stages: {name!r} is no stage; use {', '.join(order)}")
         return [name for name in order if name in wanted]
+
+    def _tasks(self, name: str, only: Iterable[str] | None) -> tuple[Task, ...]:
+        """The chosen tasks of a stage: all of them, unless some are named."""
+        tasks = self.recipe.stages[name].tasks(self.recipe.cluster)
+        named = [wanted.partition(".")[2] for wanted in only or () if wanted.startswith(f"{name}.")]
+        for task in named:
+            if task not in [known.name for known in tasks]:
+                raise RecipeError(
+                    f"--stages: {name} has no task {task!r}; "
+                    f"use {', '.join(f'{name}.{known.name}' for known in tasks)}"
+                )
+        return tuple(task for task in tasks if not named or task.name in named)
 
     def _require_inputs(self, chosen: list[str]) -> None:
         for name in chosen:
@@ -113,13 +157,19 @@ class Pipeline:
             action = "skip" if manifest.get("status") == "finished" else "resume"
         return Plan(name, wanted, action)
 
-    def _run_stage(self, name: str) -> None:
+    def _run_stage(self, name: str, tasks: tuple[Task, ...]) -> None:
         plan = self._plan(name)
         if plan.action == "skip":
             self.display.stage_skipped(name)
             return
         stage = self.recipe.stages[name]
         linked = stage.linked(self.recipe.stages)
+        own = self.folder.stage(name).path
+        if own.is_symlink() and own.readlink() == common_place(name):
+            raise RecipeError(
+                f"{own}: all members of the sweep have this stage in common, and it is not "
+                "finished; run the sweep"
+            )
         if plan.action == "rerun":
             kept = self.folder.set_aside(name)
             self.display.note(f"{name}: the recipe changed; the former result is kept in {kept}")
@@ -140,7 +190,8 @@ class Pipeline:
             versions=_versions(),
         )
         try:
-            for task in stage.tasks(self.recipe.cluster):
+            for task in tasks:
+                folder.progress_file.unlink(missing_ok=True)
                 self.display.stage_started(name, task.name, task.ranks)
                 self.cluster.run(Job(self.folder.path.absolute(), name, task))
         except LlmscaleError as error:
@@ -148,6 +199,8 @@ class Pipeline:
             with suppress(OSError):  # on a full disk, the error itself matters more
                 folder.update_manifest(status=status, error=str(error))
             raise
+        if tasks[-1] != stage.tasks(self.recipe.cluster)[-1]:
+            return
         outputs = sorted(p.name for p in folder.path.iterdir() if not p.name.startswith("."))
         folder.update_manifest(status="finished", finished=now(), outputs=outputs)
         self.display.stage_finished(name, folder.manifest().get("metrics", {}))

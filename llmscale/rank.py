@@ -12,7 +12,6 @@ from llmscale.stages.base import Stage, Workspace
 def run_rank(job: Job, rank: int, rendezvous: str) -> None:
     """Runs one rank of one task of a stage."""
     import llmscale.quiet  # noqa: F401
-    from llmscale.parallel.world import resolve_device
 
     run_folder = RunFolder(job.run_folder)
     recipe = read_resolved(run_folder.recipe_file)
@@ -22,13 +21,21 @@ def run_rank(job: Job, rank: int, rendezvous: str) -> None:
         folder=folder,
         inputs=input_folders(recipe, stage, run_folder),
         seed=recipe.seed,
-        device=resolve_device(recipe.cluster.device),
+        device=_device(recipe, job),
         progress=Progress(folder.progress_file),
         rank=rank,
         ranks=job.task.ranks,
         rendezvous=rendezvous,
     )
     stage.run(job.task.name, workspace)
+
+
+def _device(recipe: Recipe, job: Job) -> str:
+    if not job.task.on_device:
+        return "cpu"
+    from llmscale.parallel.world import resolve_device
+
+    return resolve_device(recipe.cluster.device)
 
 
 def input_folders(recipe: Recipe, stage: Stage, run_folder: RunFolder) -> dict[str, Path]:

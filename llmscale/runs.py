@@ -1,16 +1,26 @@
-"""Looking at a run from its folder alone: status, logs, cancel, and its models."""
+"""A run from its folder alone: who runs there, logs, cancel, and its models."""
 
+import math
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from llmscale.artifacts import RunFolder, StageFolder
-from llmscale.errors import RecipeError
-from llmscale.progress import read_progress
+from ClusterShell.RangeSet import RangeSet
+
+from llmscale.artifacts import RunFolder
+from llmscale.clusters.slurm import commands
+from llmscale.clusters.slurm.commands import JobState
+from llmscale.clusters.slurm.jobs import live_jobs, submitted_jobs
+from llmscale.errors import MachineError, RecipeError
 from llmscale.recipe.recipe import read_resolved
+from llmscale.settings import choices
+
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
 def open_run(path: Path) -> RunFolder:
@@ -24,29 +34,52 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def status(folder: RunFolder) -> dict[str, Any]:
-    """Who runs here, and how far each stage is."""
-    recipe = read_resolved(folder.recipe_file)
-    holder = folder.holder()
-    stages = []
-    for name in recipe.order():
-        stage = folder.stage(name)
-        manifest = stage.manifest()
-        state = manifest.get("status", "waiting")
-        if state == "running" and holder is None:
-            state = "interrupted"
-        stages.append(
-            {
-                "stage": name,
-                "kind": recipe.stages[name].kind,
-                "status": state,
-                "progress": read_progress(stage.progress_file) if state == "running" else None,
-                "error": manifest.get("error"),
-                "metrics": manifest.get("metrics", {}),
-            }
+def known_live_jobs(folder: RunFolder) -> dict[str, JobState]:
+    """The run's jobs that SLURM still has; none where SLURM cannot be asked."""
+    if not submitted_jobs(folder) or shutil.which("squeue") is None:
+        return {}
+    with suppress(MachineError):
+        return live_jobs(folder)
+    return {}
+
+
+def require_no_live_jobs(folder: RunFolder) -> None:
+    """Checks that no job of SLURM's is to run in a folder; one that is ending may be.
+
+    Raises:
+        RecipeError: if one is.
+    """
+    live = known_live_jobs(folder)
+    if jobs := [job for job, state in live.items() if state.state != "COMPLETING"]:
+        raise RecipeError(
+            f"{folder.path}: job {', '.join(jobs)} is in SLURM's queue for this folder; wait for "
+            "it, llmscale cancel it, or choose another --run-dir"
         )
-    running = None if holder is None else str(holder)
-    return {"run": str(folder.path), "recipe": recipe.name, "running": running, "stages": stages}
+
+
+class Activity:
+    """Whether anything runs in a folder, asked as often as one likes."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._asked = -math.inf
+        self._jobs = False
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._asked > SECONDS_BETWEEN_QUESTIONS:
+            self._jobs = bool(known_live_jobs(self._folder))
+            self._asked = time.monotonic()
+        return self._jobs or self._folder.holder() is not None
+
+
+def begun_stages(folder: RunFolder) -> list[str]:
+    """The stages that have begun, by the time they did."""
+    begun = [
+        (manifest["started"], number, name)
+        for number, name in enumerate(read_resolved(folder.recipe_file).order())
+        if (manifest := folder.stage(name).manifest())
+    ]
+    return [name for _started, _number, name in sorted(begun)]
 
 
 def latest_stage(folder: RunFolder) -> str:
@@ -55,35 +88,70 @@ def latest_stage(folder: RunFolder) -> str:
     Raises:
         RecipeError: if none has begun.
     """
-    begun = [
-        (manifest["started"], name)
-        for name in read_resolved(folder.recipe_file).order()
-        if (manifest := folder.stage(name).manifest())
-    ]
+    begun = begun_stages(folder)
     if not begun:
-        raise RecipeError(f"{folder.path}: no stage has begun")
-    return max(begun)[1]
+        jobs = [f"job {job} is {state}" for job, state in known_live_jobs(folder).items()]
+        if read_resolved(folder.recipe_file).sweep:
+            jobs.append(f"give a member's folder, like {folder.member('000').path}")
+        raise RecipeError(
+            f"{folder.path}: no stage has begun" + "".join(f"; {job}" for job in jobs)
+        )
+    return begun[-1]
 
 
-def log_lines(
-    stage: StageFolder, rank: int, follow: bool, running: Callable[[], bool]
-) -> Iterator[str]:
-    """A rank's log; with ``follow``, as it grows, until the run ends.
+def log_lines(folder: RunFolder, rank: int, only: str | None) -> Iterator[str]:
+    """A rank's log as it is now, of one stage or of the one begun last.
 
     Raises:
-        RecipeError: if the rank has no log.
+        RecipeError: if there is no such stage, or the rank has no log of it.
     """
+    _require_stage(folder, only)
+    stage = folder.stage(only or latest_stage(folder))
     file = stage.log_file(rank)
     if not file.exists():
         have = ", ".join(sorted(p.name for p in stage.logs.glob("*.log"))) or "none"
         raise RecipeError(f"{file}: no such log; there are: {have}")
     with file.open(encoding="utf-8", errors="replace") as lines:
-        while True:
-            alive = running()
-            yield from lines
-            if not (follow and alive):
-                return
-            time.sleep(0.2)
+        yield from lines
+
+
+def followed_lines(
+    folder: RunFolder, rank: int, only: str | None, running: Callable[[], bool]
+) -> Iterator[str]:
+    """A rank's log as it grows until the run ends: of one stage, or from the latest one on.
+
+    Raises:
+        RecipeError: if there is no such stage, or the rank has had no log in the end.
+    """
+    _require_stage(folder, only)
+    earlier = begun_stages(folder)[:-1]
+    read: dict[str, int] = {}
+    shown = only
+    while True:
+        alive = running()
+        for name in [only] if only else begun_stages(folder):
+            file = folder.stage(name).log_file(rank)
+            if (name in earlier and not only) or not file.exists():
+                continue
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                lines.seek(read.get(name, 0))
+                new = lines.readlines()
+                read[name] = lines.tell()
+            if new and name != shown:
+                shown = name
+                yield f"==> {name} <==\n"
+            yield from new
+        if not alive:
+            break
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if not read:
+        yield from log_lines(folder, rank, only)
+
+
+def _require_stage(folder: RunFolder, name: str | None) -> None:
+    stages = read_resolved(folder.recipe_file).order()
+    if name is not None and name not in stages:
+        raise RecipeError(f"--stage: {name!r} is no stage of the run; use {choices(stages)}")
 
 
 def cancel(folder: RunFolder) -> str:
@@ -91,14 +159,49 @@ def cancel(folder: RunFolder) -> str:
 
     Raises:
         RecipeError: if it runs on another host.
+        MachineError: if SLURM does not answer.
     """
     holder = folder.holder()
+    local = holder is not None and holder.job is None
+    if not local and (jobs := live_jobs(folder)):
+        return _cancel_jobs(jobs)
     if holder is None:
         return "nothing runs in this folder"
     if not holder.is_here():
         raise RecipeError(f"{folder.path}: {holder} runs it; cancel it there")
     os.kill(holder.process, signal.SIGTERM)
     return f"asked {holder} to save and stop"
+
+
+def _cancel_jobs(jobs: dict[str, JobState]) -> str:
+    """Takes waiting jobs from the queue, then asks those that run."""
+    waiting = _folded(job for job, state in jobs.items() if state.waiting)
+    at_work = _folded(job for job, state in jobs.items() if not state.waiting)
+    done = []
+    if waiting:
+        commands.cancel(waiting)
+        done.append(f"took job {', '.join(waiting)} from the queue")
+    if at_work:
+        commands.ask_to_stop(at_work)
+        done.append(
+            f"asked job {', '.join(at_work)} to save and stop "
+            f"(scancel {' '.join(at_work)} ends it at once)"
+        )
+    return "; ".join(done)
+
+
+def _folded(jobs: Iterable[str]) -> list[str]:
+    """The jobs as SLURM's commands take them, the members of an array together: ``7_[0-2,5]``."""
+    arrays: dict[str, list[str]] = {}
+    for job in jobs:
+        array, _, number = job.partition("_")
+        arrays.setdefault(array, []).extend([number] if number else [])
+    return [
+        f"{array}_[{RangeSet(','.join(numbers))}]"
+        if len(numbers) > 1
+        else "_".join([array, *numbers])
+        for array, numbers in arrays.items()
+    ]
 
 
 def split_model(model: str) -> tuple[Path, str] | None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from llmscale.artifacts import RunFolder, write_json
 from llmscale.clusters.base import Job, Task
-from llmscale.clusters.local import Entry, LocalCluster
+from llmscale.clusters.local import LocalCluster
+from llmscale.clusters.process import Entry
 from llmscale.parallel.layout import Layout
 
 

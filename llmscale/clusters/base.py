@@ -1,11 +1,13 @@
 """What every cluster answers: start the ranks of one task, and say how they ended."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from pydantic import PositiveInt
 
+from llmscale.clusters.slurm.settings import SlurmSettings
 from llmscale.settings import Settings
 
 ClusterName = Literal["local", "slurm", "ray"]
@@ -18,6 +20,7 @@ class ClusterSettings(Settings):
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    slurm: SlurmSettings | None = None
 
     @property
     def ranks(self) -> int:
@@ -27,10 +30,16 @@ class ClusterSettings(Settings):
 
 @dataclass(frozen=True)
 class Task:
-    """One start of a stage's ranks."""
+    """One start of a stage's ranks.
+
+    Attributes:
+        on_device: whether it computes on the recipe's device; else on the CPU, whatever that is.
+    """
 
     name: str
     ranks: int = 1
+    nodes: int = 1
+    on_device: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,16 @@ class Job:
     run_folder: Path
     stage: str
     task: Task
+
+    def to_json(self) -> str:
+        """The job in one line, for another process."""
+        return json.dumps({**asdict(self), "run_folder": str(self.run_folder)})
+
+    @staticmethod
+    def from_json(text: str) -> "Job":
+        """What ``to_json`` wrote."""
+        written = json.loads(text)
+        return Job(Path(written["run_folder"]), written["stage"], Task(**written["task"]))
 
 
 class Cluster(Protocol):

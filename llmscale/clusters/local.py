@@ -12,31 +12,27 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-from types import FrameType
 
-from llmscale.artifacts import RunFolder, StageFolder, now
+from llmscale.artifacts import RunFolder, StageFolder
 from llmscale.clusters.base import Job
-from llmscale.clusters.failures import first_cause, record_failure
-from llmscale.errors import Interrupted, LlmscaleError, StageError
-
-Entry = Callable[[Job, int, str], None]
+from llmscale.clusters.failures import first_cause, forget_failures
+from llmscale.clusters.process import Entry, run_as_rank
+from llmscale.clusters.stops import Stops
+from llmscale.errors import Interrupted, StageError
 
 PRELOADED = ["llmscale.quiet", "llmscale.stages.pretrain_rank"]
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_FOR_OTHERS_ERRORS = 1.0
 POLL_SECONDS = 0.1
 GO_ON = "interrupted; run the same command again to go on"
 
 
-@dataclass
+@dataclass(frozen=True)
 class LocalCluster:
     """Runs a job's ranks here.
 
@@ -47,7 +43,6 @@ class LocalCluster:
 
     entry: Entry
     on_tick: Callable[[], None] = lambda: None
-    _stops: int = field(default=0, init=False)
 
     def run(self, job: Job) -> None:
         """Starts the job's ranks and returns when all have ended well.
@@ -60,73 +55,58 @@ class LocalCluster:
         context.set_forkserver_preload(PRELOADED)
         _start_fork_server()
         folder = RunFolder(job.run_folder).stage(job.stage)
-        folder.logs.mkdir(parents=True, exist_ok=True)
-        for old in folder.logs.glob("*.error.json"):
-            old.unlink()
+        forget_failures(folder)
         rendezvous = Path(tempfile.mkdtemp(prefix="llmscale-"))
-        with self._handling_signals() as processes:
+        processes: list[ForkServerProcess] = []
+        with Stops(ask=lambda: _ask(processes), end=lambda: _kill(processes)) as stops:
             try:
                 address = f"file://{rendezvous}/store"
                 for rank in range(job.task.ranks):
                     arguments = (self.entry, job, rank, address, folder.log_file(rank))
                     processes.append(context.Process(target=_rank_main, args=arguments))
                     processes[-1].start()
-                if self._stops:
+                if stops.asked:
                     raise Interrupted(GO_ON)
-                self._follow(job, folder, processes)
+                self._follow(job, folder, processes, stops)
             except (EOFError, ConnectionError, BrokenPipeError):
-                if not self._stops:
+                if not stops.asked:
                     raise
                 raise Interrupted(GO_ON) from None
             finally:
                 _kill(processes)
                 shutil.rmtree(rendezvous, ignore_errors=True)
 
-    def _follow(self, job: Job, folder: StageFolder, processes: list[ForkServerProcess]) -> None:
+    def _follow(
+        self, job: Job, folder: StageFolder, processes: list[ForkServerProcess], stops: Stops
+    ) -> None:
         while any(process.exitcode is None for process in processes):
             running = [process.sentinel for process in processes if process.exitcode is None]
             wait(running, POLL_SECONDS)
             self.on_tick()
-            if self._failed(processes):
+            if _failed(processes):
                 _wait_for_others(processes)
                 break
-        failed = self._failed(processes)
-        if self._stops and (failed or any(p.exitcode for p in processes)):
+        failed = _failed(processes)
+        if stops.asked and (failed or any(p.exitcode for p in processes)):
             raise Interrupted(GO_ON)
         if failed:
             codes = {rank: process.exitcode for rank, process in enumerate(processes)}
-            raise StageError(first_cause(job, folder, codes))
+            raise StageError(first_cause(job, folder, codes).line)
         if any(process.exitcode for process in processes):
             raise Interrupted("a rank was asked to stop; run the same command again to go on")
-        if self._stops:
+        if stops.asked:
             raise Interrupted(GO_ON)
 
-    def _failed(self, processes: list[ForkServerProcess]) -> bool:
-        return any(p.exitcode not in (None, 0, Interrupted.exit_code) for p in processes)
 
-    @contextmanager
-    def _handling_signals(self) -> Iterator[list[ForkServerProcess]]:
-        """Once, a stop signal asks the ranks to stop at the step's end; twice, it kills them."""
-        processes: list[ForkServerProcess] = []
+def _failed(processes: list[ForkServerProcess]) -> bool:
+    return any(p.exitcode not in (None, 0, Interrupted.exit_code) for p in processes)
 
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            self._stops += 1
-            if self._stops > 1:
-                _kill(processes)
-                return
-            for process in processes:
-                if process.pid is not None and process.is_alive():
-                    process.terminate()
 
-        if threading.current_thread() is not threading.main_thread():
-            yield processes
-            return
-        before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-        try:
-            yield processes
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _ask(processes: list[ForkServerProcess]) -> None:
+    """Asks the ranks to stop at their step's end."""
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            process.terminate()
 
 
 def _start_fork_server() -> None:
@@ -158,33 +138,12 @@ def _kill(processes: list[ForkServerProcess]) -> None:
 
 
 def _rank_main(entry: Entry, job: Job, rank: int, rendezvous: str, log_file: Path) -> None:
-    """A rank's process: its output to its log, its error on record, its exit code."""
+    """A rank's process, deaf to Ctrl-C and gone when its launcher is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_launcher()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     os.environ["LOCAL_RANK"] = str(rank)
-    with log_file.open("ab", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    print(f"--- {now()} {job.task.name}: rank {rank} of {job.task.ranks}, process {os.getpid()}")
-    code = 0
-    try:
-        entry(job, rank, rendezvous)
-    except Interrupted as stop:
-        print(stop)
-        code = Interrupted.exit_code
-    except BaseException as error:
-        if isinstance(error, LlmscaleError):
-            print(error)
-        else:
-            traceback.print_exc()
-        record_failure(log_file, error)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(run_as_rank(entry, job, rank, rendezvous, log_file))
 
 
 def _end_with_launcher() -> None:

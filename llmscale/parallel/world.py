@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llmscale.errors import MachineError
+from llmscale.parallel import rendezvous as _launcher_scheme  # noqa: F401
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.memory import keep_freed_memory
 
@@ -49,17 +50,20 @@ def joined_world(
     """The process group of all ranks: NCCL on CUDA, gloo on the CPU.
 
     Args:
-        rendezvous: a ``torch.distributed`` init method, such as ``file:///...``.
+        rendezvous: a ``torch.distributed`` init method, such as ``file:///...``, or
+            ``launcher://`` for the launcher's exchange.
     """
     with ExitStack() as stack:
         if device == "cpu":
             from llmscale.parallel.cuda_on_cpu import cuda_on_cpu
 
             keep_freed_memory()
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+            torch.set_num_threads(_own_cores(int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
             stack.enter_context(cuda_on_cpu())
         else:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+            torch.cuda.set_device(
+                int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()
+            )
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl",
             init_method=rendezvous,
@@ -70,6 +74,14 @@ def joined_world(
         stack.callback(dist.destroy_process_group)
         where = torch.device("cpu") if device == "cpu" else torch.device("cuda")
         yield World(rank, ranks, where)
+
+
+def _own_cores(ranks_here: int) -> int:
+    """This rank's share of the node's cores, or fewer if it was given fewer."""
+    share = max(1, (os.cpu_count() or 1) // ranks_here)
+    given = int(os.environ.get("SLURM_CPUS_PER_TASK", share))
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else share
+    return min(share, given, bound)
 
 
 @contextmanager

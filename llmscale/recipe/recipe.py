@@ -4,7 +4,7 @@ Nothing below reads YAML or flags, and nothing here imports torch.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -13,22 +13,34 @@ from pydantic import Field, SerializeAsAny, ValidationError, create_model
 from llmscale.clusters.base import ClusterSettings
 from llmscale.errors import RecipeError
 from llmscale.recipe.explain import explain, nearest_key
+from llmscale.recipe.sweep import (
+    Sweep,
+    key_path,
+    member_documents,
+    sweep_problems,
+    value_at,
+    with_paths_resolved,
+)
 from llmscale.recipe.yaml_places import Document, KeyPath, parse_value, read_yaml, write_yaml
 from llmscale.settings import Problem, Settings, choices, shown, under
 from llmscale.stages import KINDS
 from llmscale.stages.base import Link, RecipeView, Stage, is_file, is_folder
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
-RESERVED_STAGE_NAMES = ("superseded",)
+RESERVED_STAGE_NAMES = ("code", "slurm", "superseded", "sweep")
 
 
 class Recipe(Settings):
-    """One file for the whole way: where it runs and its stages in order."""
+    """One file for the whole way: where it runs and its stages in order.
+
+    ``sweep`` gives key paths lists of values; the recipe runs once for each combination.
+    """
 
     name: Name
     seed: int = Field(default=1234, ge=0, lt=2**32)
     cluster: ClusterSettings = ClusterSettings()
     stages: dict[Name, SerializeAsAny[Stage]] = Field(min_length=1, max_length=100)
+    sweep: Sweep | None = None
 
     keys_read_before: ClassVar[tuple[str, ...]] = ("include",)
 
@@ -76,6 +88,13 @@ class Recipe(Settings):
         view = RecipeView(self.stages, self.cluster)
         for name, stage in self.stages.items():
             yield from under("stages", under(name, stage.problems(view)))
+        yield from sweep_problems(self.sweep or {}, self.stages)
+
+    def members(self) -> list["Recipe"]:
+        """The recipes that the sweep stands for, by number; none without a sweep."""
+        document = Document(self._plain())
+        found = member_documents(document, self.sweep) if self.sweep else ()
+        return [_validate(member, Path()) for _chosen, member in found]
 
     def _link_problems(self) -> Iterator[Problem]:
         for name, stage in self.stages.items():
@@ -105,7 +124,10 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         """The recipe as it runs, with paths made absolute and keys as a user writes them."""
-        return write_yaml(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+        return write_yaml(self._plain())
+
+    def _plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def load_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -118,12 +140,13 @@ def load_recipe(file: Path, overrides: Iterable[str] = ()) -> Recipe:
         document = _read_with_includes(file, ())
         for override in overrides:
             _apply(document, override)
-        recipe = _validate(document, file.parent)
-        for problem in recipe.problems():
-            raise _error(document, problem.path, problem.message)
+        recipe = _checked(document, file.parent)
+        if recipe.sweep is None:
+            return recipe
+        sweep = _checked_sweep(document, recipe.sweep, file.parent)
+        return recipe.model_copy(update={"sweep": sweep})
     except RecipeError as error:
         raise RecipeError(_one_line(str(error))) from None
-    return recipe
 
 
 def read_resolved(file: Path) -> Recipe:
@@ -131,14 +154,35 @@ def read_resolved(file: Path) -> Recipe:
     return _validate(read_yaml(file), file.parent)
 
 
+def _checked(document: Document, folder: Path) -> Recipe:
+    recipe = _validate(document, folder)
+    for problem in recipe.problems():
+        raise _error(document, problem.path, problem.message)
+    return recipe
+
+
+def _checked_sweep(
+    document: Document, sweep: Mapping[str, tuple[Any, ...]], folder: Path
+) -> dict[str, tuple[Any, ...]]:
+    """Checks every member as a recipe; returns the sweep with its paths made absolute."""
+    found = {key: list(values) for key, values in sweep.items()}
+    for chosen, member in member_documents(document, sweep):
+        read = _checked(member, folder)._plain()
+        for (key, values), at in zip(sweep.items(), chosen, strict=True):
+            found[key][at] = with_paths_resolved(values[at], value_at(read, key_path(key)))
+    return {key: tuple(values) for key, values in found.items()}
+
+
 def _apply(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
     label = f"override {shown(override)}"
-    path = tuple(key.split("."))
+    path = key_path(key)
     if not equals or not all(path):
         raise RecipeError(f"{label}: is not KEY=VALUE; write it like stages.pretrain.steps=10")
     if path[0] == "include":
         raise RecipeError(f"{label}: include stands in files only; write it into the recipe")
+    if path[0] == "sweep" and len(path) > 1:  # what follows is one key, of a sweep
+        path = ("sweep", key.removeprefix("sweep."))
     document.set(path, parse_value(text, label), label)
 
 

@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from llmscale.artifacts import RunFolder, read_json, write_text
 from llmscale.recipe.recipe import Recipe, read_resolved
 from llmscale.report.plots import Plot, Record, plots, series
-from llmscale.runs import status
 from llmscale.stages.base import Stage
+from llmscale.status import status
 
 NOTHING = "–"
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmscale.artifacts import write_json
+from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
@@ -63,6 +64,9 @@ class Evaluate(Stage):
         if "corpus" not in named and trained_on in stages:
             named["corpus"] = str(trained_on)
         return named
+
+    def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
+        return (Task("run", on_device=True),)
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
         if self.perplexity is None and self.samples is None:

@@ -37,6 +37,8 @@ from llmscale.training.settings import (
 )
 
 CORPUS = Link(("prepare",))
+ABOUT_TOKENS = "tokens/tokens.json"
+"""The file in a stage's folder that says what its tokens are, and that they are whole."""
 
 
 class Pretrain(Stage):
@@ -214,10 +216,12 @@ class Pretrain(Stage):
         return [self.start_from and folder_fingerprint(Path(self.start_from))]
 
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
-        return (Task("tokens"), Task("train", cluster.ranks))
+        return (Task("tokens"), Task("train", cluster.ranks, cluster.nodes, on_device=True))
 
     def run(self, task: str, workspace: Workspace) -> None:
         if task == "tokens":
+            if (workspace.folder.path / ABOUT_TOKENS).exists():
+                return
             from llmscale.stages.tokens import make_tokens
 
             make_tokens(self, workspace)

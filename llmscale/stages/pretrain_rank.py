@@ -14,8 +14,8 @@ from llmscale.parallel.probes import require_precision
 from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
 from llmscale.stages.imported import is_import, load_imported
-from llmscale.stages.pretrain import Pretrain
-from llmscale.stages.tokens import ABOUT, training_data, validation_data
+from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
+from llmscale.stages.tokens import training_data, validation_data
 from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState
 from llmscale.training.log import TrainingLog
 from llmscale.training.loop import Trainer
@@ -49,7 +49,7 @@ def pretrain(stage: Pretrain, workspace: Workspace) -> None:
         process_groups(stage.parallel, workspace.seed),
     ):
         require_precision(stage.precision, workspace.device)
-        vocabulary = read_json(workspace.folder.path / "tokens" / ABOUT)["vocabulary"]
+        vocabulary = read_json(workspace.folder.path / ABOUT_TOKENS)["vocabulary"]
         engine = MegatronEngine(
             stage.architecture(),
             vocabulary,
@@ -193,7 +193,7 @@ def export_at_one_rank(
         joined_world(rank=0, ranks=1, rendezvous=rendezvous, device="cpu"),
         process_groups(Layout(), seed=0),
     ):
-        vocabulary = (read_json(folder.path / "tokens" / ABOUT) or {}).get("vocabulary", 0)
+        vocabulary = (read_json(folder.path / ABOUT_TOKENS) or {}).get("vocabulary", 0)
         checkpoints = Checkpoints(folder.checkpoints, stage.checkpoint.keep)
         newest = checkpoints.newest_whole()
         if newest is None:

@@ -13,12 +13,10 @@ from llmscale.data.tokens import TokenStream, write_tokens
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
 from llmscale.stages.base import Workspace
-from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
 from llmscale.training.curriculum import PlacedPhase
 from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
 from llmscale.training.objectives import Objective, make_objective
-
-ABOUT = "tokens.json"
 
 
 def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
@@ -29,8 +27,6 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
             lacks a token that the model's objective needs.
     """
     folder = workspace.folder.path / "tokens"
-    if (folder / ABOUT).exists():
-        return
     tokenizer = load_tokenizer(workspace.inputs["tokenizer"])
     _require_tokens(stage, workspace.inputs["tokenizer"], tokenizer)
     corpora = {name: workspace.inputs[key] for name, key in stage.corpora().items()}
@@ -63,7 +59,7 @@ def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
             "corpora": counts,
         }
         _require_a_sample(stage, about)
-        write_json(beside / ABOUT, about)
+        write_json(beside / Path(ABOUT_TOKENS).name, about)
     workspace.folder.add_metrics(tokens=counts)
 
 
@@ -121,7 +117,7 @@ def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
 def training_data(stage: Pretrain, workspace: Workspace) -> TrainingData:
     """What every step trains on."""
     folder = workspace.folder.path / "tokens"
-    about = read_json(folder / ABOUT)
+    about = read_json(workspace.folder.path / ABOUT_TOKENS)
     streams = {name: TokenStream(folder / name / "train") for name in stage.corpora()}
 
     def samples(phase: PlacedPhase) -> PhaseSamples:
@@ -140,7 +136,7 @@ def validation_data(stage: Pretrain, workspace: Workspace) -> ValidationData | N
         None if no corpus has enough text for one.
     """
     folder = workspace.folder.path / "tokens"
-    about = read_json(folder / ABOUT)
+    about = read_json(workspace.folder.path / ABOUT_TOKENS)
     objective = _objective(stage, about, stage.window, workspace.seed)
     length = objective.sample_length(stage.window)
     sources = [

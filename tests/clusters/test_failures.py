@@ -26,14 +26,14 @@ def test_an_error_of_its_own_comes_before_lost_connections(stage: StageFolder, j
     failures.record_failure(stage.log_file(0), lost)
     failures.record_failure(stage.log_file(2), ValueError("no such sample\nmore"))
     failures.record_failure(stage.log_file(1), lost)
-    told = failures.first_cause(job, stage, {0: 1, 1: 1, 2: 1})
+    told = failures.first_cause(job, stage, {0: 1, 1: 1, 2: 1}).line
     assert told.startswith("pretrain (train): rank 2 failed: no such sample; see ")
     assert told.endswith("rank-00002.log")
 
 
 def test_a_killed_rank_comes_before_lost_connections(stage: StageFolder, job: Job) -> None:
     failures.record_failure(stage.log_file(0), RuntimeError("Connection reset by peer"))
-    told = failures.first_cause(job, stage, {0: 1, 1: -9, 2: None})
+    told = failures.first_cause(job, stage, {0: 1, 1: -9, 2: None}).line
     assert "rank 1 failed: killed by SIGKILL (out of memory?)" in told
 
 
@@ -44,5 +44,5 @@ def test_a_full_disk_is_the_cause_whatever_else_was_said(
         free = 4096
 
     monkeypatch.setattr(failures.shutil, "disk_usage", lambda path: Usage)
-    told = failures.first_cause(job, stage, {0: 1, 1: None, 2: None})
+    told = failures.first_cause(job, stage, {0: 1, 1: None, 2: None}).line
     assert "rank 0 failed: the disk is full; free space and run the same command again" in told

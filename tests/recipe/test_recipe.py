@@ -249,7 +249,7 @@ def test_the_json_schema_names_every_kind_and_no_key_beyond_the_known_ones() -> 
     }
     assert kinds == set(KINDS)
     assert all(found["additionalProperties"] is False for found in described)
-    assert {"name", "seed", "cluster", "stages", "include"} == set(schema["properties"])
+    assert {"name", "seed", "cluster", "stages", "sweep", "include"} == set(schema["properties"])
     assert {"name", "stages"} <= set(schema["required"])
 
 

@@ -17,6 +17,8 @@ from llmscale.stages import KINDS
 
 STAGES = {"prepare": "corpus", "evaluate": "evaluation"}
 MAY_BE_ZERO = {
+    "gpus_per_node",
+    "restarts",
     "balance_coefficient",
     "seed",
     "sentinels",

@@ -1,0 +1,125 @@
+"""What happened to a run's jobs: each start and how it ended, which limits restarts."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmscale.artifacts import StageFolder, now
+from llmscale.clusters.slurm.commands import nodes_out_of_order
+from llmscale.errors import MachineError
+
+FAILURES_OF_A_BAD_NODE = 2
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a task's ranks within a job.
+
+    Attributes:
+        job: SLURM's id of the job.
+        mark: how far the stage was, as a checkpoint's name.
+        nodes: the nodes of the step.
+    """
+
+    job: str
+    stage: str
+    task: str
+    mark: str
+    nodes: tuple[str, ...]
+
+
+class History:
+    """``RUN_DIR/slurm/history.jsonl``: written by one launcher at a time, read by anybody."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.file = run_folder / "slurm" / "history.jsonl"
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All that happened, in order; a line that was cut off is left out."""
+        if not self.file.exists():
+            return []
+        found = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def _add(self, **entry: Any) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as lines:
+            if self._cut_off():
+                lines.write("\n")
+            lines.write(json.dumps({"time": now(), **entry}) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+    def _cut_off(self) -> bool:
+        """Whether the last line is a part of one, as a power cut may leave it."""
+        return self.file.read_bytes()[-1:] not in (b"", b"\n")
+
+    def begin(self, start: Start) -> None:
+        """Notes a start."""
+        self._add(
+            event="start",
+            job=start.job,
+            stage=start.stage,
+            task=start.task,
+            mark=start.mark,
+            nodes=list(start.nodes),
+        )
+
+    def end(self, job: str, outcome: str, blamed: Iterable[str] = ()) -> None:
+        """Notes how the last start ended, and the nodes it is laid to."""
+        self._add(event="end", job=job, outcome=outcome, blamed=list(blamed))
+
+    def close_lost_start(self, job: str) -> str | None:
+        """Notes the end of a start of this job that nobody noted, and which nodes are gone.
+
+        Returns:
+            what was noted; None if no start was left open.
+        """
+        entries = [entry for entry in self.entries() if entry["job"] == job]
+        if not entries or entries[-1]["event"] != "start":
+            return None
+        try:
+            gone = nodes_out_of_order(entries[-1]["nodes"])
+        except MachineError:
+            gone = {}
+        cause = ", ".join(f"{node} is {state}" for node, state in gone.items())
+        outcome = f"the job ended without a word{': ' if cause else ''}{cause}; SLURM requeued it"
+        self.end(job, outcome, gone)
+        return outcome
+
+    def starts_without_progress(self, start: Start) -> int:
+        """How many starts of this job's same task, in a row, began where this one begins."""
+        count = 0
+        for entry in reversed(self.entries()):
+            if entry["job"] != start.job or entry["event"] != "start":
+                continue
+            same = (entry["stage"], entry["task"], entry["mark"])
+            if same != (start.stage, start.task, start.mark):
+                break
+            count += 1
+        return count
+
+    def mishaps(self) -> list[dict[str, Any]]:
+        """The ends of starts that did not finish, in order."""
+        return [e for e in self.entries() if e["event"] == "end" and e["outcome"] != FINISHED]
+
+    def bad_nodes(self) -> list[str]:
+        """Nodes that failures were laid to more than once."""
+        blamed = Counter(node for entry in self.entries() for node in entry.get("blamed", []))
+        return sorted(node for node, times in blamed.items() if times >= FAILURES_OF_A_BAD_NODE)
+
+
+def progress_mark(folder: StageFolder) -> str:
+    """The newest checkpoint of a stage, by name; empty before the first."""
+    if not folder.checkpoints.is_dir():
+        return ""
+    return max((path.name for path in folder.checkpoints.glob("step-*")), default="")

@@ -1,0 +1,97 @@
+"""Starting a run on this machine."""
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from llmscale.artifacts import write_text
+from llmscale.clusters.devices import cuda_present, require_device
+from llmscale.errors import MachineError, RecipeError
+from llmscale.launch import Request, run_pipeline
+from llmscale.recipe.sweep import in_words
+from llmscale.runs import require_no_live_jobs
+from llmscale.stages.pretrain import Pretrain
+from llmscale.sweeps import Sweep, run_sweep
+
+
+@dataclass(frozen=True)
+class LocalLaunch:
+    """A run whose ranks are processes of this machine."""
+
+    request: Request
+
+    def dry_run(self) -> tuple[dict[str, Any], str]:
+        """The tasks that ``run`` would start, and what it would do with each stage."""
+        request = self.request
+        answer = Sweep.of(request).dry_run() if request.recipe.sweep else request.dry_run()
+        lines = _lines(answer["tasks"])
+        for member in answer.get("sweep", ()):
+            lines += [f"member {member['member']}: {in_words(member['values'])}"]
+            lines += [f"  {line}" for line in _lines(member["tasks"])]
+        return answer, "\n".join(lines)
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Runs the stages here."""
+        self._require_machine()
+        if self.request.recipe.sweep:
+            return run_sweep(self.request, lambda request: request.pipeline(console), console)
+        return run_pipeline(self.request.pipeline(console), self.request, console)
+
+    def detach(self) -> tuple[dict[str, Any], str]:
+        """Starts ``run`` in the background, with its output in ``RUN_DIR/launcher.log``."""
+        self._require_machine()
+        folder, stages = self.request.folder, self.request.stages
+        holder = folder.holder()
+        if holder is not None:
+            raise RecipeError(f"{folder.path}: {holder} is running in this folder")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        submitted = folder.path.absolute() / "submitted.yaml"
+        write_text(submitted, self.request.recipe.to_yaml())
+        command = [sys.executable, "-m", "llmscale", "run", str(submitted)]
+        command += ["--run-dir", str(folder.path.absolute())]
+        command += ["--stages", ",".join(stages)] if stages else []
+        command += ["--fresh"] if self.request.fresh else []
+        log = folder.path / "launcher.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        run = str(folder.path)
+        answer = {"run": run, "process": process.pid, "log": str(log)}
+        return answer, f"running in {run}; see llmscale status {run}"
+
+    def _require_machine(self) -> None:
+        recipe = self.request.recipe
+        if recipe.cluster.on != "local":
+            raise MachineError(
+                f"cluster.on: this version starts no ranks on {recipe.cluster.on}; use --on local "
+                "or --on slurm, or --dry-run to see the tasks"
+            )
+        require_no_live_jobs(self.request.folder)
+        require_device(recipe.cluster.device)
+        in_fp8 = [
+            name
+            for each in (recipe, *recipe.members())
+            for name, stage in each.stages.items()
+            if isinstance(stage, Pretrain) and stage.precision == "fp8"
+        ]
+        if in_fp8 and not cuda_present():
+            raise MachineError(
+                f"stages.{in_fp8[0]}.precision: fp8 needs an NVIDIA GPU, and this machine has "
+                "none; use bf16"
+            )
+
+
+def _lines(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{task['stage']}: {task['task']} on {task['ranks']} rank(s): {task['action']}"
+        for task in tasks
+    ]
