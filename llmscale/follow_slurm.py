@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from llmscale.artifacts import RunFolder
+from llmscale.clusters.base import Task
 from llmscale.clusters.slurm import commands
 from llmscale.clusters.slurm.commands import JobState
 from llmscale.clusters.slurm.history import History
@@ -87,12 +88,14 @@ class _Follower:
             return None
         return {job: state for job, state in states.items() if state.live}
 
+    def _tasks(self, stage: str) -> tuple[Task, ...]:
+        return self.recipe.stages[stage].tasks(self.recipe.cluster)
+
     def _look_at(self, job: Submitted, state: JobState | None) -> None:
         name = job.stage or ""
         if state is None:
             manifest = self.folder.stage(name).manifest()
-            last = self.recipe.stages[name].tasks(self.recipe.cluster)[-1].name
-            if job.task == last and manifest.get("status") == "finished":
+            if job.task == self._tasks(name)[-1].name and manifest.get("status") == "finished":
                 self._once(
                     f"{job.job} done",
                     lambda: self.display.stage_finished(name, manifest.get("metrics", {})),
@@ -100,8 +103,7 @@ class _Follower:
         elif state.waiting:
             self._tell_why_it_waits(f"{name}: job {job.job}", state)
         else:
-            tasks = {t.name: t for t in self.recipe.stages[name].tasks(self.recipe.cluster)}
-            task = tasks[str(job.task)]
+            task = next(task for task in self._tasks(name) if task.name == job.task)
             self._once(
                 f"{job.job} runs on {state.nodes}",
                 lambda: self.display.stage_started(name, task.name, task.ranks),
@@ -144,8 +146,8 @@ class _Follower:
                 continue
             manifest = self.folder.stage(job.stage or "").manifest()
             status, error = manifest.get("status"), manifest.get("error")
-            last = self.recipe.stages[job.stage or ""].tasks(self.recipe.cluster)[-1].name
-            if status == "finished" or (status == "running" and job.task != last):
+            is_last = job.task == self._tasks(job.stage or "")[-1].name
+            if status == "finished" or (status == "running" and not is_last):
                 continue
             if status == "failed" and error:
                 raise StageError(error)

@@ -69,10 +69,11 @@ class Request:
 
     def dry_run(self) -> dict[str, Any]:
         """What would run, and what it would do with each stage, whatever the cluster."""
+        pipeline = self.pipeline()
         tasks = [
             {"stage": plan.name, "action": plan.action, "task": task.name, "ranks": task.ranks}
-            for plan in self.pipeline().plans(self.stages)
-            for task in self.recipe.stages[plan.name].tasks(self.recipe.cluster)
+            for plan in pipeline.plans(self.stages)
+            for task in pipeline.tasks_of(plan.name, self.stages)
         ]
         return {"run": str(self.folder.path), "on": self.recipe.cluster.on, "tasks": tasks}
 
@@ -105,14 +106,14 @@ def launch(
 
     allocation = Allocation.own()
     begun = begun_by(allocation, run_dir) if allocation is not None else None
-    nodes_told = any(override.startswith("cluster.nodes=") for override in overrides)
+    nodes_told = any(override.startswith(("cluster.nodes=", "cluster=")) for override in overrides)
     if begun is not None:
         request = Request(read_resolved(begun.recipe_file), begun, stages)
     elif allocation is not None and not nodes_told:
         request = request_in_job(allocation, read)
     else:
         request = read()
-    request.pipeline().plans(stages)
+    request.pipeline().tasks(stages)  # refuses stages and tasks that there are not
     match request.recipe.cluster.on:
         case "slurm" if allocation is not None:
             return JobLaunch(request, allocation)

@@ -15,7 +15,7 @@ from llmscale.launch import Request, run_pipeline
 from llmscale.recipe.sweep import in_words
 from llmscale.runs import require_no_live_jobs
 from llmscale.stages.pretrain import Pretrain
-from llmscale.sweeps import Sweep, run_sweep
+from llmscale.sweeps import dry_run, run_sweep
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class LocalLaunch:
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """The tasks that ``run`` would start, and what it would do with each stage."""
-        request = self.request
-        answer = Sweep.of(request).dry_run() if request.recipe.sweep else request.dry_run()
+        answer = dry_run(self.request)
         lines = _lines(answer["tasks"])
         for member in answer.get("sweep", ()):
             lines += [f"member {member['member']}: {in_words(member['values'])}"]

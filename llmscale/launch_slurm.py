@@ -37,7 +37,7 @@ from llmscale.pipeline import Pipeline
 from llmscale.recipe.recipe import read_resolved
 from llmscale.runs import require_no_live_jobs
 from llmscale.status import members
-from llmscale.sweeps import Sweep, run_sweep
+from llmscale.sweeps import Sweep, dry_run, run_sweep
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -50,12 +50,9 @@ class SlurmLaunch:
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """The batch scripts."""
-        request = self.request
-        answer = Sweep.of(request).dry_run() if request.recipe.sweep else request.dry_run()
-        scripts = [
-            job.script(request.recipe.cluster) for job in self._left(snapshot_place(request.folder))
-        ]
-        return {**answer, "scripts": scripts}, "\n".join(scripts).rstrip()
+        cluster, code = self.request.recipe.cluster, snapshot_place(self.request.folder)
+        scripts = [job.script(cluster) for job in self._left(code)]
+        return {**dry_run(self.request), "scripts": scripts}, "\n".join(scripts).rstrip()
 
     def run(self, console: Console) -> dict[str, Any]:
         """Submits what is left to run, unless it is in the queue already, and follows it."""
@@ -200,12 +197,11 @@ class JobLaunch:
             settings = self.request.recipe.cluster.slurm or SlurmSettings()
             commands.require_container_plugin(settings)
             request = self._as_it_began(stops)
-            display = ConsoleDisplay(console, request.folder)
 
             def pipeline(request: Request) -> Pipeline:
-                shown = ConsoleDisplay(console, request.folder)
-                cluster = SlurmCluster(self.allocation, settings, stops, shown.tick, shown.note)
-                return Pipeline(request.recipe, request.folder, cluster, shown)
+                display = ConsoleDisplay(console, request.folder)
+                cluster = SlurmCluster(self.allocation, settings, stops, display.tick, display.note)
+                return Pipeline(request.recipe, request.folder, cluster, display)
 
             try:
                 if request.recipe.sweep:
@@ -213,7 +209,7 @@ class JobLaunch:
                 return run_pipeline(pipeline(request), request, console)
             except Interrupted as stop:
                 if stops.by_the_scheduler:
-                    self._requeue(stops, display, str(stop))
+                    self._requeue(stops, console, str(stop))
                 raise
 
     def _require_nodes(self) -> None:
@@ -252,7 +248,7 @@ class JobLaunch:
             os.execve(sys.executable, [sys.executable, "-m", "llmscale", *sys.argv[1:]], found)
         return replace(self.request, recipe=read_resolved(folder.recipe_file))
 
-    def _requeue(self, stops: Stops, display: ConsoleDisplay, why: str) -> None:
+    def _requeue(self, stops: Stops, console: Console, why: str) -> None:
         """Puts the own job back into the queue.
 
         Where ``scontrol`` is missing, SLURM itself does so after a preemption: the job must
@@ -262,12 +258,13 @@ class JobLaunch:
             with deaf_to_sigterm():
                 commands.requeue(self.allocation.job)
         except MachineError as error:
-            display.note(
+            console.print(
                 f"{why}; cannot requeue ({error}): waiting for SLURM, which requeues a preempted "
-                "job; after a time limit, submit again to go on"
+                "job; after a time limit, submit again to go on",
+                markup=False,
             )
             before = len(stops.asked)
             while len(stops.asked) == before:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         else:
-            display.note(f"{why}; requeued as job {self.allocation.job}")
+            console.print(f"{why}; requeued as job {self.allocation.job}", markup=False)

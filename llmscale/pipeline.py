@@ -75,7 +75,7 @@ class Pipeline:
             if fresh:
                 self.set_aside(chosen)
             for name in chosen:
-                self._run_stage(name, self._tasks(name, only))
+                self._run_stage(name, self.tasks_of(name, only))
 
     def set_aside(self, names: Iterable[str]) -> None:
         """Keeps the former results of stages where they are not in the way."""
@@ -95,12 +95,12 @@ class Pipeline:
             Job(self.folder.path.absolute(), plan.name, task)
             for plan in self.plans(only)
             if plan.action != "skip"
-            for task in self._tasks(plan.name, only)
+            for task in self.tasks_of(plan.name, only)
         ]
 
     def tasks(self, only: Iterable[str] | None = None) -> list[Task]:
         """The tasks of the stages, finished or not, in order."""
-        return [task for name in self.chosen(only) for task in self._tasks(name, only)]
+        return [task for name in self.chosen(only) for task in self.tasks_of(name, only)]
 
     def plans(self, only: Iterable[str] | None = None) -> list[Plan]:
         """What ``run`` would do with each stage, in order."""
@@ -117,7 +117,7 @@ class Pipeline:
                 raise RecipeError(f"--stages: {name!r} is no stage; use {', '.join(order)}")
         return [name for name in order if name in wanted]
 
-    def _tasks(self, name: str, only: Iterable[str] | None) -> tuple[Task, ...]:
+    def tasks_of(self, name: str, only: Iterable[str] | None) -> tuple[Task, ...]:
         """The chosen tasks of a stage: all of them, unless some are named."""
         tasks = self.recipe.stages[name].tasks(self.recipe.cluster)
         named = [wanted.partition(".")[2] for wanted in only or () if wanted.startswith(f"{name}.")]

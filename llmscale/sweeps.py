@@ -142,6 +142,11 @@ class Sweep:
         return jobs
 
 
+def dry_run(request: Request) -> dict[str, Any]:
+    """What would run of a request, and of each member if its recipe has a sweep."""
+    return Sweep.of(request).dry_run() if request.recipe.sweep else request.dry_run()
+
+
 def _common_stages(recipe: Recipe, members: Sequence[Recipe]) -> list[str]:
     """The stages that are the same in the recipe and all members, with all they need.
 

@@ -22,7 +22,8 @@ from llmscale.launch import Request
 from llmscale.recipe.recipe import load_recipe
 from llmscale.sweeps import Sweep
 from tests.conftest import QUICKSTART
-from tests.training.test_recovery import SMALL, at
+from tests.small import at
+from tests.training.test_recovery import SMALL
 
 RATE = "stages.pretrain.optimizer.learning_rate"
 TINY = [

@@ -87,11 +87,11 @@ def exchange(loopback: bool) -> Iterator[Exchange]:
     Args:
         loopback: whether all processes are on this node.
     """
-    known = Exchange(secrets.token_hex(16))
+    meeting = Exchange(secrets.token_hex(16))
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            answer = known.answer(json.loads(self.rfile.readline(2**16)))
+            answer = meeting.answer(json.loads(self.rfile.readline(2**16)))
             if answer is not None:
                 self.wfile.write(json.dumps(answer).encode() + b"\n")
 
@@ -104,10 +104,10 @@ def exchange(loopback: bool) -> Iterator[Exchange]:
             """A stranger's noise, or a process that died while it waited, is no matter."""
 
     with Server(("127.0.0.1" if loopback else "", 0), Handler) as server:
-        known.port = server.server_address[1]
+        meeting.port = server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield known
+            yield meeting
         finally:
             server.shutdown()
 

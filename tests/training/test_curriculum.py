@@ -19,6 +19,7 @@ from llmscale.training.objectives import Causal
 from llmscale.training.settings import Batch, Ramp
 from tests.conftest import QUICKSTART
 from tests.ranks import run_recipe
+from tests.small import SMALL_MODEL
 from tests.training.test_layouts import curve, parameters
 
 CPU = torch.device("cpu")
@@ -36,11 +37,8 @@ RECIPE = [
     "stages.pretrain.corpus=",
     "stages.pretrain.blend={comedies: 0.7, histories: 0.3}",
     f"stages.pretrain.curriculum={CURRICULUM}",
+    *SMALL_MODEL,
     f"stages.pretrain.steps={STEPS}",
-    "stages.pretrain.model.layers=2",
-    "stages.pretrain.model.hidden_size=32",
-    "stages.pretrain.model.ffn_size=64",
-    "stages.pretrain.model.sequence_length=32",
     "stages.pretrain.batch={global: 8, micro: 1, ramp: {start: 4, increment: 2, samples: 24}}",
     "stages.pretrain.optimizer.warmup_steps=2",
     "stages.pretrain.validation.samples=4",

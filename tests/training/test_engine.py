@@ -7,8 +7,9 @@ import pytest
 from llmscale.errors import StageError
 from tests.conftest import QUICKSTART
 from tests.ranks import run_ranks, run_recipe
+from tests.small import at
 from tests.training import programs
-from tests.training.test_recovery import SMALL, at
+from tests.training.test_recovery import SMALL
 
 
 @pytest.mark.ranks

@@ -18,27 +18,16 @@ from llmscale.artifacts import RunFolder
 from llmscale.errors import StageError
 from tests.conftest import QUICKSTART
 from tests.ranks import run_recipe
+from tests.small import SMALL_MODEL, at
 from tests.training.test_layouts import curve, parameters
 
 STEPS = 60
 SMALL = [
+    *SMALL_MODEL,
     f"stages.pretrain.steps={STEPS}",
-    "stages.pretrain.model.layers=2",
-    "stages.pretrain.model.hidden_size=32",
-    "stages.pretrain.model.ffn_size=64",
-    "stages.pretrain.model.sequence_length=32",
     "stages.pretrain.batch={global: 8, micro: 2}",
-    "stages.pretrain.validation.samples=16",
     "stages.pretrain.checkpoint={every: 4, keep: 2}",
 ]
-
-
-def at(tensor: int, pipeline: int, data: int) -> list[str]:
-    layout = f"{{tensor: {tensor}, pipeline: {pipeline}, data: {data}}}"
-    return [
-        f"cluster.ranks_per_node={tensor * pipeline * data}",
-        f"stages.pretrain.parallel={layout}",
-    ]
 
 
 @pytest.fixture(scope="module")

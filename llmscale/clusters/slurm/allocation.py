@@ -149,8 +149,8 @@ class SlurmCluster:
             return End(self._why(), stopped=True)
         forget_failures(folder)
         step = Step(job, self.settings)
-        with exchange(loopback=self.allocation.is_this_node) as known:
-            code, said = self._follow(step.command(), step.environment(known))
+        with exchange(loopback=self.allocation.is_this_node) as meeting:
+            code, said = self._follow(step.command(), step.environment(meeting))
         own, lost = recorded(folder, 0) or {}, lost_nodes(said)
         stopped = own.get("kind") == "stopped"
         if code == 0 and not stopped:
@@ -159,7 +159,7 @@ class SlurmCluster:
             why = f"node {', '.join(lost)} failed" if lost else self._why()
             return End(f"{why}: {own['cause']}" if stopped else why, lost, stopped=True)
         failure = _failure(step, folder, said)
-        node = known.nodes.get(failure.rank // step.ranks_per_task)
+        node = meeting.nodes.get(failure.rank // step.ranks_per_task)
         blamed = [node] if node and failure.killed and not lost else lost
         return End(failure.line, blamed, failure)
 

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +65,7 @@ class History:
 
     def begin(self, start: Start) -> None:
         """Notes a start."""
-        self._add(
-            event="start",
-            job=start.job,
-            stage=start.stage,
-            task=start.task,
-            mark=start.mark,
-            nodes=list(start.nodes),
-        )
+        self._add(event="start", **asdict(start))
 
     def end(self, job: str, outcome: str, blamed: Iterable[str] = ()) -> None:
         """Notes how the last start ended, and the nodes it is laid to."""

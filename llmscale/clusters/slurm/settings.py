@@ -71,7 +71,7 @@ VariableName = Annotated[
     str, _matching(r"[A-Za-z_][A-Za-z0-9_]*", "letters, digits and _, a letter first")
 ]
 Text = Annotated[str, _matching(r"[^\x00]*", "text without null characters")]
-Image = Annotated[
+OneLine = Annotated[
     str,
     _matching(r"[^\x00-\x20\x7f-][^\x00-\x1f\x7f]*", "one line of text that does not begin with -"),
 ]
@@ -93,9 +93,9 @@ class Container(Settings):
     ``python`` is the interpreter in the image. The run folder is mounted by itself.
     """
 
-    image: Image
+    image: OneLine
     mounts: tuple[Mount, ...] = ()
-    python: Image = "python3"
+    python: OneLine = "python3"
 
 
 class SlurmSettings(Settings):

@@ -88,9 +88,9 @@ class Step:
             f"--container-env={','.join(names)}",
         ]
 
-    def environment(self, known: Exchange) -> dict[str, str]:
+    def environment(self, meeting: Exchange) -> dict[str, str]:
         """What the ranks find in their environment."""
-        own = {LAUNCHER_VARIABLE: known.variable(), "PYTHONSAFEPATH": "1"}
+        own = {LAUNCHER_VARIABLE: meeting.variable(), "PYTHONSAFEPATH": "1"}
         return {**os.environ, **self.settings.environment, **own}
 
     def exit_codes(self, said: Iterable[str]) -> dict[int, int | None]:

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from tests.cluster.slurm.cluster import Cluster
 from tests.conftest import QUICKSTART, ROOT
+from tests.small import SMALL_MODEL
 
 STEPS = 40
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -23,13 +25,9 @@ TWO_NODES = [
     "stages.pretrain.parallel={tensor: 2}",
 ]
 SMALL = [
+    *SMALL_MODEL,
     f"stages.pretrain.steps={STEPS}",
-    "stages.pretrain.model.layers=2",
-    "stages.pretrain.model.hidden_size=32",
-    "stages.pretrain.model.ffn_size=64",
-    "stages.pretrain.model.sequence_length=32",
     "stages.pretrain.batch={global: 8, micro: 4}",
-    "stages.pretrain.validation.samples=16",
     "stages.pretrain.checkpoint={every: 8, keep: 2}",
 ]
 BY_SRUN = "cluster.slurm={cpus_per_rank: 1}"
@@ -63,25 +61,30 @@ def until(true: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def llmscale(
-    slurm: Cluster | None, *arguments: object, path: str | None = None
-) -> subprocess.CompletedProcess[str]:
+def llmscale(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command, as a user of that cluster runs it."""
     return subprocess.run(
         [sys.executable, "-m", "llmscale", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment(slurm, path),
+        env=environment(slurm),
         cwd=ROOT,
         timeout=300,
     )
 
 
-def environment(slurm: Cluster | None, path: str | None = None) -> dict[str, str]:
+def status(slurm: Cluster, run: Path) -> dict[str, Any]:
+    """What ``llmscale status --json`` tells."""
+    told = llmscale(slurm, "status", run, "--json")
+    assert told.returncode == 0, told.stderr
+    answer: dict[str, Any] = json.loads(told.stdout)
+    return answer
+
+
+def environment(slurm: Cluster) -> dict[str, str]:
     """A user's environment, with the interpreter of these tests first on its path."""
-    own = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    found = {**os.environ, "PATH": path or own}
-    return {**found, **(slurm.environment if slurm else {})}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, **slurm.environment}
 
 
 def sbatch(

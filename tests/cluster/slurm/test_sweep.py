@@ -1,60 +1,24 @@
 """A sweep on a real SLURM cluster: one array of jobs, each member a run that goes on by itself."""
 
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cluster.slurm.cluster import Cluster
-from tests.conftest import QUICKSTART, ROOT
-from tests.training.test_recovery import SMALL, at
+from tests.cluster.slurm.runs import ENDED, SMALL, completed, llmscale, sbatch, status, steps, until
+from tests.conftest import QUICKSTART
+from tests.small import at
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 RATE = "stages.pretrain.optimizer.learning_rate"
-ENDED = ("COMPLETED", "FAILED")
 STEPS = "stages.pretrain.steps"
 TINY = [*SMALL, *at(1, 1, 1), f"{STEPS}=4", "stages.pretrain.optimizer.warmup_steps=2"]
 
 
-def llmscale(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmscale", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **slurm.environment, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        timeout=600,
-    )
-
-
-def told(slurm: Cluster, run: Path) -> dict[str, Any]:
-    done = llmscale(slurm, "status", run, "--json")
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
 def statuses(slurm: Cluster, run: Path) -> list[str]:
-    return [row["status"] for row in told(slurm, run)["sweep"]]
-
-
-def until(true: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.2)
-
-
-def steps(member: Path) -> int:
-    file = member / "pretrain" / "metrics.jsonl"
-    return file.read_text().count('"loss"') if file.exists() else 0
+    return [row["status"] for row in status(slurm, run)["sweep"]]
 
 
 def arrays(run: Path) -> list[str]:
@@ -71,9 +35,9 @@ def test_an_array_of_four_members_runs_to_a_table_of_four(slurm: Cluster, run_fo
     [array] = json.loads((run_folder / "slurm" / "jobs.json").read_text())
     ends = [slurm.wait_for(f"{array['job']}_{number}", ENDED, 30) for number in range(4)]
     assert ends == ["COMPLETED"] * 4
-    status = told(slurm, run_folder)
-    assert [stage["stage"] for stage in status["stages"]] == ["corpus", "tokenizer"]
-    rows = status["sweep"]
+    told = status(slurm, run_folder)
+    assert [stage["stage"] for stage in told["stages"]] == ["corpus", "tokenizer"]
+    rows = told["sweep"]
     assert rows == json.loads(done.stdout)["sweep"]
     assert [row["member"] for row in rows] == ["000", "001", "002", "003"]
     assert [row["values"] for row in rows] == [{RATE: rate} for rate in rates]
@@ -90,7 +54,7 @@ def test_a_requeued_member_goes_on_alone_and_a_cancelled_one_is_all_that_is_subm
     call += ["--stages", "corpus,tokenizer,pretrain", "--run-dir", run_folder, "--json"]
     array = json.loads(llmscale(slurm, *call).stdout)["jobs"][-1]
     long, short = (run_folder / "sweep" / number for number in ("000", "001"))
-    until(lambda: steps(long) > 2 and steps(short) == 4)
+    until(lambda: steps(long) > 2 and steps(short) == 4, 240)
     assert slurm.wait_for(f"{array}_1", ENDED, 60) == "COMPLETED"
 
     assert json.loads(llmscale(slurm, *call).stdout)["jobs"][-1] == array
@@ -102,7 +66,7 @@ def test_a_requeued_member_goes_on_alone_and_a_cancelled_one_is_all_that_is_subm
     logged = (long / "pretrain" / "metrics.jsonl").read_text().splitlines()
     numbers = [line["step"] for line in map(json.loads, logged) if "loss" in line]
     assert numbers == list(range(1, len(numbers) + 1))
-    assert f"job {array}_0 (RUNNING" in str(told(slurm, long)["running"])
+    assert f"job {array}_0 (RUNNING" in str(status(slurm, long)["running"])
 
     assert f"asked job {array}_0 to save" in llmscale(slurm, "cancel", run_folder).stdout
     until(lambda: slurm.state(f"{array}_0") not in ("RUNNING", "COMPLETING"))
@@ -114,19 +78,9 @@ def test_a_requeued_member_goes_on_alone_and_a_cancelled_one_is_all_that_is_subm
 def test_a_job_that_leads_its_allocation_runs_the_members_one_after_the_other(
     slurm: Cluster, run_folder: Path
 ) -> None:
-    log = run_folder.parent / "job.log"
-    call = [QUICKSTART, *TINY, f"sweep.{RATE}=[1e-3, 3e-3]", "--run-dir", run_folder]
-    batch = ["sbatch", "--parsable", "--nodes=1"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    submitted = subprocess.run(
-        [*batch, f"--output={log}", "slurm/train.sbatch", *map(str, call)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **slurm.environment, "OMP_NUM_THREADS": "1", "PATH": path},
-        cwd=ROOT,
-    )
-    assert submitted.returncode == 0, submitted.stderr
-    state = slurm.wait_for(submitted.stdout.strip(), {"COMPLETED", "FAILED"}, 300)
-    assert state == "COMPLETED", log.read_text()
+    sweep = f"sweep.{RATE}=[1e-3, 3e-3]"
+    job = sbatch(slurm, run_folder, *TINY, sweep, options=["--nodes=1"])
+    completed(slurm, job, run_folder, seconds=300)
+    log = Path(f"{run_folder}.log").read_text()
     assert statuses(slurm, run_folder) == ["finished", "finished"]
-    assert log.read_text().index("member 000") < log.read_text().index("member 001")
+    assert log.index("member 000") < log.index("member 001")

@@ -18,9 +18,9 @@ from tests.cluster.slurm.runs import (
     completed,
     copied,
     curve,
-    llmscale,
     rank_process,
     sbatch,
+    status,
     steps,
     until,
 )
@@ -43,13 +43,6 @@ def local_curve(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Cur
 @pytest.fixture
 def run(prepared: Path, tmp_path: Path) -> Path:
     return copied(prepared, tmp_path / "run")
-
-
-def status(slurm: Cluster, run: Path) -> dict[str, object]:
-    told = llmscale(slurm, "status", run, "--json")
-    assert told.returncode == 0, told.stderr
-    answer: dict[str, object] = json.loads(told.stdout)
-    return answer
 
 
 @pytest.mark.parametrize("launcher", [BY_SRUN, BY_TORCHRUN], ids=["srun", "torchrun"])
