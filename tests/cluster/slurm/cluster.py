@@ -81,16 +81,12 @@ class Cluster:
         self._refuse_what_cannot_work()
         self.folder.mkdir(parents=True, exist_ok=True)
         install_packages(self.folder / "apt.log")
-        self._write_files()
         try:
-            self._start_munged()
-            self._start("slurmctld", ["slurmctld", "-D", "-f", self.environment["SLURM_CONF"]])
-            for node in self.nodes:
-                self.start_node(node)
-            self.wait_until_idle()
-        except BaseException:
-            self.down()
-            raise
+            self._start_daemons()
+        except RuntimeError:
+            if self._port is not None:
+                raise
+            self._start_daemons()  # a free port may be another program's by the time it is used
 
     def down(self) -> None:
         """Ends every process of the cluster, however much of it is up."""
@@ -175,6 +171,18 @@ class Cluster:
         if any(self._process(path.stem) for path in self.folder.glob("*.pid")):
             raise RuntimeError(f"a cluster is up in {self.folder} already")
 
+    def _start_daemons(self) -> None:
+        self._write_files()
+        try:
+            self._start_munged()
+            self._start("slurmctld", ["slurmctld", "-D", "-f", self.environment["SLURM_CONF"]])
+            for node in self.nodes:
+                self.start_node(node)
+            self.wait_until_idle()
+        except BaseException:
+            self.down()
+            raise
+
     def _write_files(self) -> None:
         for folder in ("state", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
@@ -240,7 +248,8 @@ class Cluster:
                 start_new_session=True,
             )
         self._children[daemon] = child
-        self._pid_file(daemon).write_text(str(child.pid))
+        started = psutil.Process(child.pid).create_time()
+        self._pid_file(daemon).write_text(f"{child.pid} {started}")
 
     def _kill(self, daemon: str) -> None:
         process = self._process(daemon)
@@ -257,10 +266,14 @@ class Cluster:
         self._pid_file(daemon).unlink(missing_ok=True)
 
     def _process(self, daemon: str) -> psutil.Process | None:
-        """The daemon's process, unless its id now belongs to another program."""
+        """The daemon's process, unless its id now belongs to another program.
+
+        Told by the time of its start: a command line is empty while a program is being loaded.
+        """
         with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
-            process = psutil.Process(int(self._pid_file(daemon).read_text()))
-            if runs(process) and str(self.folder) in " ".join(process.cmdline()):
+            pid, started = self._pid_file(daemon).read_text().split()
+            process = psutil.Process(int(pid))
+            if runs(process) and process.create_time() == float(started):
                 return process
         return None
 
