@@ -21,7 +21,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --all-layouts
+	$(BIN)/pytest --layouts 3
 
 bench: install
 	$(BIN)/python benchmarks/pretrain.py

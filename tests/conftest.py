@@ -13,7 +13,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all-layouts", action="store_true", help="prove every layout, not every eighth"
+        "--layouts", type=int, default=8, metavar="N", help="prove every Nth layout; 1: all"
     )
 
 

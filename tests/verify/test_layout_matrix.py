@@ -71,8 +71,6 @@ APART_LAYOUTS = [
     ("pipeline", "context", "recompute"),
 ]
 """Where documents packed into a sample are kept apart, so that ranks have unequal tokens."""
-SAMPLE = 8
-"""By default every eighth case runs; ``--all-layouts`` runs them all."""
 
 
 def merged(forms: tuple[str, ...], **more: Any) -> dict[str, Any]:
@@ -115,8 +113,7 @@ CASES = every_case()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
-        step = 1 if metafunc.config.getoption("--all-layouts") else SAMPLE
-        metafunc.parametrize("name", list(CASES)[::step])
+        metafunc.parametrize("name", list(CASES)[:: metafunc.config.getoption("--layouts")])
 
 
 @pytest.fixture(scope="module")
