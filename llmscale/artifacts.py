@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from llmscale.lock import FolderLock
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
+UPLOADED = re.compile(r'[^"]*/_ray_pkg_[0-9a-f]+/')
+"""The way to what a Ray job uploaded, in a path."""
 
 
 def now() -> str:
@@ -116,15 +119,30 @@ def checksum(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """The SHA-256 of plain data in canonical JSON."""
+    """The SHA-256 of plain data in canonical JSON.
+
+    Paths within what a Ray job uploaded count from there on: each version of it is unpacked
+    into a folder of its own.
+    """
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(UPLOADED.sub("uploaded:", canonical).encode()).hexdigest()
+
+
+def version_of(file: Path) -> list[object]:
+    """Changes when a file does: by size and time of change, or by content where Ray unpacked it.
+
+    Unpacking sets the time anew.
+    """
+    about = file.stat()
+    if UPLOADED.search(str(file.absolute())):
+        return [about.st_size, checksum(file)]
+    return [about.st_size, about.st_mtime_ns]
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Changes when a file of the folder does (by name, size and time of change)."""
+    """Changes when a file of the folder does, by name and version."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    return fingerprint([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    return fingerprint([[file.name, *version_of(file)] for file in files])
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -45,6 +45,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     on: Annotated[str | None, typer.Option(help="local, slurm or ray.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster: http://HEAD:8265.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME.")] = None,
     stages: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Go on in the background.")] = False,
@@ -56,7 +57,15 @@ def run(
     from llmscale.launch import launch
 
     chosen = stages.split(",") if stages else None
-    call = launch(recipe, overrides or [], on=on, run_dir=run_dir, stages=chosen, fresh=fresh)
+    call = launch(
+        recipe,
+        overrides or [],
+        on=on,
+        address=address,
+        run_dir=run_dir,
+        stages=chosen,
+        fresh=fresh,
+    )
     if dry_run:
         _answer(as_json, *call.dry_run())
     elif detach:

@@ -7,9 +7,9 @@ from functools import partial
 
 from llmscale.artifacts import RunFolder
 from llmscale.clusters.base import Task
+from llmscale.clusters.history import History
 from llmscale.clusters.slurm import commands
 from llmscale.clusters.slurm.commands import JobState
-from llmscale.clusters.slurm.history import History
 from llmscale.clusters.slurm.jobs import Submitted
 from llmscale.display import ConsoleDisplay
 from llmscale.errors import Interrupted, MachineError, StageError

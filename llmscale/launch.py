@@ -1,5 +1,6 @@
 """Starting a run: from a recipe and a folder to what its cluster makes of them."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from llmscale.artifacts import RunFolder
 from llmscale.clusters.local import LocalCluster
+from llmscale.clusters.ray.connection import own_submission
 from llmscale.clusters.slurm.allocation import Allocation
 from llmscale.display import ConsoleDisplay
 from llmscale.errors import RecipeError
@@ -17,8 +19,9 @@ from llmscale.pipeline import Pipeline
 from llmscale.rank import run_rank
 from llmscale.recipe.recipe import Recipe, load_recipe, read_resolved
 
-RUNS = Path("runs")
+RUNS = Path(os.environ.get("LLMSCALE_RUNS", "runs"))
 """Where runs are that were not told a folder."""
+DASHBOARD = ("http://", "https://")
 
 
 class Launch(Protocol):
@@ -83,18 +86,26 @@ def launch(
     overrides: Sequence[str],
     *,
     on: str | None,
+    address: str | None,
     run_dir: Path | None,
     stages: Sequence[str] | None,
     fresh: bool,
 ) -> Launch:
     """Reads and checks everything, and chooses how to start it.
 
+    Args:
+        address: of a Ray cluster's dashboard; RAY_ADDRESS may name it, too.
+
     Raises:
         RecipeError: if the recipe or the call is wrong.
     """
     from llmscale.launch_local import LocalLaunch
+    from llmscale.launch_ray import RayJobLaunch, RayLaunch
     from llmscale.launch_slurm import JobLaunch, SlurmLaunch, begun_by, request_in_job
 
+    told = on or any(text.startswith(("cluster.on=", "cluster=")) for text in overrides)
+    if own_submission() is not None and not told:
+        on = "ray"
     where = [f"cluster.on={on}"] if on else []
 
     def read(more: Sequence[str] = ()) -> Request:
@@ -114,13 +125,33 @@ def launch(
     else:
         request = read()
     request.pipeline().tasks(stages)  # refuses stages and tasks that there are not
+    if address is not None:
+        _require_dashboard(address, request.recipe.cluster.on)
+    elif (known := os.environ.get("RAY_ADDRESS", "")).startswith(DASHBOARD):
+        address = known
     match request.recipe.cluster.on:
         case "slurm" if allocation is not None:
             return JobLaunch(request, allocation)
         case "slurm":
             return SlurmLaunch(request)
+        case "ray" if address is not None:
+            return RayJobLaunch(
+                request, address, named_folder=run_dir is not None or RUNS.is_absolute()
+            )
+        case "ray":
+            return RayLaunch(request)
         case _:
             return LocalLaunch(request)
+
+
+def _require_dashboard(address: str, on: str) -> None:
+    if on != "ray":
+        raise RecipeError(f"--address {address}: is a Ray cluster's; add --on ray")
+    if not address.startswith(DASHBOARD):
+        raise RecipeError(
+            f"--address {address}: give the dashboard's, like http://HEAD:8265; on a node of the "
+            "cluster, leave it out and set RAY_ADDRESS"
+        )
 
 
 def run_pipeline(pipeline: Pipeline, request: Request, console: Console) -> dict[str, Any]:

@@ -26,12 +26,7 @@ class LocalLaunch:
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """The tasks that ``run`` would start, and what it would do with each stage."""
-        answer = dry_run(self.request)
-        lines = _lines(answer["tasks"])
-        for member in answer.get("sweep", ()):
-            lines += [f"member {member['member']}: {in_words(member['values'])}"]
-            lines += [f"  {line}" for line in _lines(member["tasks"])]
-        return answer, "\n".join(lines)
+        return dry_run_in_words(self.request)
 
     def run(self, console: Console) -> dict[str, Any]:
         """Runs the stages here."""
@@ -43,37 +38,10 @@ class LocalLaunch:
     def detach(self) -> tuple[dict[str, Any], str]:
         """Starts ``run`` in the background, with its output in ``RUN_DIR/launcher.log``."""
         self._require_machine()
-        folder, stages = self.request.folder, self.request.stages
-        holder = folder.holder()
-        if holder is not None:
-            raise RecipeError(f"{folder.path}: {holder} is running in this folder")
-        folder.path.mkdir(parents=True, exist_ok=True)
-        submitted = folder.path.absolute() / "submitted.yaml"
-        write_text(submitted, self.request.recipe.to_yaml())
-        command = [sys.executable, "-m", "llmscale", "run", str(submitted)]
-        command += ["--run-dir", str(folder.path.absolute())]
-        command += ["--stages", ",".join(stages)] if stages else []
-        command += ["--fresh"] if self.request.fresh else []
-        log = folder.path / "launcher.log"
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        run = str(folder.path)
-        answer = {"run": run, "process": process.pid, "log": str(log)}
-        return answer, f"running in {run}; see llmscale status {run}"
+        return detach(self.request)
 
     def _require_machine(self) -> None:
         recipe = self.request.recipe
-        if recipe.cluster.on != "local":
-            raise MachineError(
-                f"cluster.on: this version starts no ranks on {recipe.cluster.on}; use --on local "
-                "or --on slurm, or --dry-run to see the tasks"
-            )
         require_no_live_jobs(self.request.folder)
         require_device(recipe.cluster.device)
         in_fp8 = [
@@ -87,6 +55,47 @@ class LocalLaunch:
                 f"stages.{in_fp8[0]}.precision: fp8 needs an NVIDIA GPU, and this machine has "
                 "none; use bf16"
             )
+
+
+def dry_run_in_words(request: Request) -> tuple[dict[str, Any], str]:
+    """What a dry run tells of tasks that are no jobs of their own."""
+    answer = dry_run(request)
+    lines = _lines(answer["tasks"])
+    for member in answer.get("sweep", ()):
+        lines += [f"member {member['member']}: {in_words(member['values'])}"]
+        lines += [f"  {line}" for line in _lines(member["tasks"])]
+    return answer, "\n".join(lines)
+
+
+def detach(request: Request) -> tuple[dict[str, Any], str]:
+    """Starts ``llmscale run`` of a request in the background, as its recipe says.
+
+    Raises:
+        RecipeError: if the folder is in use.
+    """
+    folder, stages = request.folder, request.stages
+    holder = folder.holder()
+    if holder is not None:
+        raise RecipeError(f"{folder.path}: {holder} is running in this folder")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    submitted = folder.path.absolute() / "submitted.yaml"
+    write_text(submitted, request.recipe.to_yaml())
+    command = [sys.executable, "-m", "llmscale", "run", str(submitted)]
+    command += ["--run-dir", str(folder.path.absolute())]
+    command += ["--stages", ",".join(stages)] if stages else []
+    command += ["--fresh"] if request.fresh else []
+    log = folder.path / "launcher.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    run = str(folder.path)
+    answer = {"run": run, "process": process.pid, "log": str(log)}
+    return answer, f"running in {run}; see llmscale status {run}"
 
 
 def _lines(tasks: Sequence[Mapping[str, Any]]) -> list[str]:

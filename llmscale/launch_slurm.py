@@ -16,17 +16,14 @@ from llmscale.clusters.slurm.allocation import Allocation, SlurmCluster
 from llmscale.clusters.slurm.jobs import (
     Submitted,
     chain,
-    code_of,
     live_jobs,
     note_own_job,
-    runs_from,
-    snapshot,
-    snapshot_place,
     submit_held,
     submitted_jobs,
 )
 from llmscale.clusters.slurm.script import BatchJob
 from llmscale.clusters.slurm.settings import SlurmSettings
+from llmscale.clusters.snapshot import code_of, runs_from, snapshot, snapshot_place
 from llmscale.clusters.stops import Stops, deaf_to_sigterm
 from llmscale.display import ConsoleDisplay
 from llmscale.errors import Interrupted, MachineError, RecipeError, StageError

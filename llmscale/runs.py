@@ -7,11 +7,14 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ClusterShell.RangeSet import RangeSet
 
 from llmscale.artifacts import RunFolder
+from llmscale.clusters.ray.connection import own_submission
+from llmscale.clusters.ray.jobs import UNREACHABLE, RayJob, job_of, note_state
 from llmscale.clusters.slurm import commands
 from llmscale.clusters.slurm.commands import JobState
 from llmscale.clusters.slurm.jobs import live_jobs, submitted_jobs
@@ -43,12 +46,31 @@ def known_live_jobs(folder: RunFolder) -> dict[str, JobState]:
     return {}
 
 
+def known_ray_job(folder: RunFolder) -> RayJob | None:
+    """The run's Ray job as it is now, if it lives, or if its cluster does not answer."""
+    job = job_of(folder)
+    if job is None or not job.live:
+        return None
+    try:
+        job = job.asked()
+    except MachineError:
+        return replace(job, state=UNREACHABLE)
+    note_state(folder, job)
+    return job if job.live else None
+
+
 def require_no_live_jobs(folder: RunFolder) -> None:
-    """Checks that no job of SLURM's is to run in a folder; one that is ending may be.
+    """Checks that no other job is to run in a folder; one of SLURM's that is ending may be.
 
     Raises:
         RecipeError: if one is.
     """
+    ray_job = known_ray_job(folder)
+    if ray_job is not None and ray_job.live and ray_job.job != own_submission():
+        raise RecipeError(
+            f"{folder.path}: {ray_job} is in this folder; wait for it, llmscale cancel it, or "
+            "choose another --run-dir"
+        )
     live = known_live_jobs(folder)
     if jobs := [job for job, state in live.items() if state.state != "COMPLETING"]:
         raise RecipeError(
@@ -67,7 +89,8 @@ class Activity:
 
     def __call__(self) -> bool:
         if time.monotonic() - self._asked > SECONDS_BETWEEN_QUESTIONS:
-            self._jobs = bool(known_live_jobs(self._folder))
+            jobs, ray_job = known_live_jobs(self._folder), known_ray_job(self._folder)
+            self._jobs = bool(jobs) or (ray_job is not None and ray_job.live)
             self._asked = time.monotonic()
         return self._jobs or self._folder.holder() is not None
 
@@ -91,6 +114,8 @@ def latest_stage(folder: RunFolder) -> str:
     begun = begun_stages(folder)
     if not begun:
         jobs = [f"job {job} is {state}" for job, state in known_live_jobs(folder).items()]
+        if (ray_job := known_ray_job(folder)) is not None:
+            jobs.append(f"see {ray_job}: ray job logs {ray_job.job} --address {ray_job.address}")
         if read_resolved(folder.recipe_file).sweep:
             jobs.append(f"give a member's folder, like {folder.member('000').path}")
         raise RecipeError(
@@ -159,9 +184,12 @@ def cancel(folder: RunFolder) -> str:
 
     Raises:
         RecipeError: if it runs on another host.
-        MachineError: if SLURM does not answer.
+        MachineError: if SLURM or Ray does not answer.
     """
-    holder = folder.holder()
+    holder, ray_job = folder.holder(), known_ray_job(folder)
+    if ray_job is not None and (ray_job.live or holder is None):
+        ray_job.stop()
+        return f"asked Ray job {ray_job.job} to save and stop"
     local = holder is not None and holder.job is None
     if not local and (jobs := live_jobs(folder)):
         return _cancel_jobs(jobs)

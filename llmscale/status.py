@@ -6,14 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 from llmscale.artifacts import RunFolder
+from llmscale.clusters.history import History
 from llmscale.clusters.slurm.commands import JobState
-from llmscale.clusters.slurm.history import History
 from llmscale.clusters.slurm.jobs import Submitted, submitted_jobs
 from llmscale.holder import Holder
 from llmscale.progress import read_progress
 from llmscale.recipe.recipe import Recipe, read_resolved
 from llmscale.recipe.sweep import grid
-from llmscale.runs import known_live_jobs
+from llmscale.runs import known_live_jobs, known_ray_job
 from llmscale.settings import shown
 from llmscale.stages.pretrain import Pretrain
 
@@ -24,15 +24,21 @@ def status(folder: RunFolder) -> dict[str, Any]:
     holder, jobs = folder.holder(), known_live_jobs(folder)
     names = recipe.order() if recipe.sweep is None else common_stages(folder, recipe)
     history = History(folder.path)
-    submitted = submitted_jobs(folder)
+    submitted, ray_job = submitted_jobs(folder), known_ray_job(folder)
+    told = [{**asdict(job), **asdict(_state(job, jobs))} for job in submitted]
+    running = _in_words(submitted, jobs)
+    if ray_job is not None:
+        told.append(asdict(ray_job))
+        running = str(ray_job)
+    live = bool(jobs) or (ray_job is not None and ray_job.live)
     return {
         "run": str(folder.path),
         "recipe": recipe.name,
-        "running": _in_words(submitted, jobs) or (None if holder is None else str(holder)),
-        "jobs": [{**asdict(job), **asdict(_state(job, jobs))} for job in submitted],
+        "running": running or (None if holder is None else str(holder)),
+        "jobs": told,
         "bad_nodes": history.bad_nodes(),
         "events": history.mishaps(),
-        "stages": [_stage(folder, recipe, name, holder, jobs) for name in names],
+        "stages": [_stage(folder, recipe, name, holder, live) for name in names],
         **({} if recipe.sweep is None else {"sweep": members(folder, recipe, jobs)}),
     }
 
@@ -42,13 +48,13 @@ def _stage(
     recipe: Recipe,
     name: str,
     holder: Holder | None,
-    jobs: Mapping[str, JobState],
+    queued: bool,
 ) -> dict[str, Any]:
     stage = folder.stage(name)
     manifest = stage.manifest()
     state = manifest.get("status", "waiting")
     if state == "running" and holder is None:
-        state = "queued" if jobs else "interrupted"
+        state = "queued" if queued else "interrupted"
     return {
         "stage": name,
         "kind": recipe.stages[name].kind,
@@ -108,7 +114,7 @@ def members(
 
 def _member(folder: RunFolder, recipe: Recipe, jobs: Mapping[str, JobState]) -> dict[str, Any]:
     holder = folder.holder() if folder.path.is_dir() else None
-    stages = [_stage(folder, recipe, name, holder, jobs) for name in recipe.order()]
+    stages = [_stage(folder, recipe, name, holder, bool(jobs)) for name in recipe.order()]
     own = [told for told in stages if not folder.stage(told["stage"]).path.is_symlink()]
     trained = [told for told in stages if isinstance(recipe.stages[told["stage"]], Pretrain)]
     metrics = trained[-1]["metrics"] if trained else {}

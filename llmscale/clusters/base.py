@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from pydantic import PositiveInt
 
+from llmscale.clusters.ray.settings import RaySettings
 from llmscale.clusters.slurm.settings import SlurmSettings
 from llmscale.settings import Settings
 
@@ -21,6 +22,7 @@ class ClusterSettings(Settings):
     ranks_per_node: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     slurm: SlurmSettings | None = None
+    ray: RaySettings | None = None
 
     @property
     def ranks(self) -> int:
@@ -34,12 +36,16 @@ class Task:
 
     Attributes:
         on_device: whether it computes on the recipe's device; else on the CPU, whatever that is.
+        neighbours: so many ranks in a row talk at every layer, and belong on one node.
+        fewer: smaller numbers of ranks that give the same result, most first.
     """
 
     name: str
     ranks: int = 1
     nodes: int = 1
     on_device: bool = False
+    neighbours: int = 1
+    fewer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class Job:
     def from_json(text: str) -> "Job":
         """What ``to_json`` wrote."""
         written = json.loads(text)
-        return Job(Path(written["run_folder"]), written["stage"], Task(**written["task"]))
+        task = {**written["task"], "fewer": tuple(written["task"]["fewer"])}
+        return Job(Path(written["run_folder"]), written["stage"], Task(**task))
 
 
 class Cluster(Protocol):

@@ -20,21 +20,38 @@ from typing import Any
 
 import psutil
 
+LOOPBACK = "127.0.0.1"
 LAUNCHER_VARIABLE = "LLMSCALE_LAUNCHER"
+NODE_VARIABLE = "LLMSCALE_NODE"
+"""The address by which a rank's node is known to its launcher, if it gave one."""
+RANK_VARIABLE = "LLMSCALE_RANK"
+CORES_VARIABLE = "LLMSCALE_CORES"
+"""How many cores a rank was given."""
 SECONDS_TO_CONNECT = 5.0
 SECONDS_TO_MEET = 1800.0
 
 
 def own_hosts() -> list[str]:
     """Names and addresses by which other nodes may reach this one, the likeliest first."""
-    names = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname()]
+    names = [_given_name(), socket.gethostname()]
     addresses = [
         entry.address
         for entries in psutil.net_if_addrs().values()
         for entry in entries
         if entry.family == socket.AF_INET and not ipaddress.ip_address(entry.address).is_loopback
     ]
-    return list(dict.fromkeys(name for name in [*names, *addresses, "127.0.0.1"] if name))
+    return list(dict.fromkeys(name for name in [*names, *addresses, LOOPBACK] if name))
+
+
+def own_address() -> str:
+    """The address at which all others reach this process; empty if that is not certain."""
+    if json.loads(os.environ[LAUNCHER_VARIABLE])["hosts"] == [LOOPBACK]:
+        return LOOPBACK
+    return os.environ.get(NODE_VARIABLE, "")
+
+
+def _given_name() -> str:
+    return os.environ.get(NODE_VARIABLE) or os.environ.get("SLURMD_NODENAME") or ""
 
 
 def connect(hosts: list[str], port: int) -> socket.socket:
@@ -58,6 +75,7 @@ class Exchange:
     """The launcher's side: where the first process listens, and which node each is on."""
 
     token: str
+    bound: str
     address: dict[str, Any] | None = None
     nodes: dict[int, str] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -65,7 +83,8 @@ class Exchange:
 
     def variable(self) -> str:
         """What the processes are given, by ``LLMSCALE_LAUNCHER``."""
-        return json.dumps({"hosts": own_hosts(), "port": self.port, "token": self.token})
+        hosts = [self.bound] if self.bound else own_hosts()
+        return json.dumps({"hosts": hosts, "port": self.port, "token": self.token})
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """What a process is told, once it is known. None for a stranger, or after long."""
@@ -81,13 +100,14 @@ class Exchange:
 
 
 @contextmanager
-def exchange(loopback: bool) -> Iterator[Exchange]:
+def exchange(address: str = "") -> Iterator[Exchange]:
     """The launcher's side, listening for as long as the context lasts.
 
     Args:
-        loopback: whether all processes are on this node.
+        address: the one to listen at, such as loopback's if all processes are on this node;
+            empty for all.
     """
-    meeting = Exchange(secrets.token_hex(16))
+    meeting = Exchange(secrets.token_hex(16), address)
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -103,7 +123,7 @@ def exchange(loopback: bool) -> Iterator[Exchange]:
         def handle_error(self, request: Any, client_address: Any) -> None:
             """A stranger's noise, or a process that died while it waited, is no matter."""
 
-    with Server(("127.0.0.1" if loopback else "", 0), Handler) as server:
+    with Server((address, 0), Handler) as server:
         meeting.port = server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -119,7 +139,7 @@ def tell(number: int, address: dict[str, Any] | None = None) -> dict[str, Any]:
         ConnectionError: if the launcher cannot be reached, or has nothing to tell.
     """
     launcher = json.loads(os.environ[LAUNCHER_VARIABLE])
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = _given_name() or socket.gethostname()
     request = {"token": launcher["token"], "number": number, "node": node, "address": address}
     with connect(launcher["hosts"], launcher["port"]) as line:
         line.settimeout(None)

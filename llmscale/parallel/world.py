@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llmscale.errors import MachineError
 from llmscale.parallel import rendezvous as _launcher_scheme  # noqa: F401
+from llmscale.parallel.exchange import CORES_VARIABLE
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.memory import keep_freed_memory
 
@@ -79,7 +80,7 @@ def joined_world(
 def _own_cores(ranks_here: int) -> int:
     """This rank's share of the node's cores, or fewer if it was given fewer."""
     share = max(1, (os.cpu_count() or 1) // ranks_here)
-    given = int(os.environ.get("SLURM_CPUS_PER_TASK", share))
+    given = int(os.environ.get(CORES_VARIABLE) or os.environ.get("SLURM_CPUS_PER_TASK") or share)
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else share
     return min(share, given, bound)
 

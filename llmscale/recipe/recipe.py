@@ -27,7 +27,7 @@ from llmscale.stages import KINDS
 from llmscale.stages.base import Link, RecipeView, Stage, is_file, is_folder
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
-RESERVED_STAGE_NAMES = ("code", "slurm", "superseded", "sweep")
+RESERVED_STAGE_NAMES = ("code", "ray", "slurm", "superseded", "sweep")
 
 
 class Recipe(Settings):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from llmscale.artifacts import version_of
 from llmscale.data.corpus import write_corpus
 from llmscale.data.documents import Document, read_documents
 from llmscale.errors import RecipeError
@@ -43,9 +44,7 @@ class Prepare(Stage):
 
     def sources(self) -> list[list[object]]:
         return [
-            [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-            for source in self.sources_
-            for file in source.files()
+            [str(file), *version_of(file)] for source in self.sources_ for file in source.files()
         ]
 
     def run(self, task: str, workspace: Workspace) -> None:

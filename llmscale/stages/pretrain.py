@@ -216,7 +216,31 @@ class Pretrain(Stage):
         return [self.start_from and folder_fingerprint(Path(self.start_from))]
 
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
-        return (Task("tokens"), Task("train", cluster.ranks, cluster.nodes, on_device=True))
+        train = Task(
+            "train",
+            cluster.ranks,
+            cluster.nodes,
+            on_device=True,
+            neighbours=self.parallel.tensor,
+            fewer=tuple(self._fewer_ranks(cluster.ranks)),
+        )
+        return (Task("tokens"), train)
+
+    def _fewer_ranks(self, ranks: int) -> Iterator[int]:
+        """Smaller numbers of ranks that train the same batches: with fewer copies of the model."""
+        for data in range(self.parallel.data_ranks(ranks) - 1, 0, -1):
+            layout = self.parallel.model_copy(update={"data": data})
+            fewer = layout.model_ranks * data
+            misfits = [
+                *layout.problems(ranks=fewer),
+                *self.batch.problems(
+                    data_ranks=data,
+                    pipeline=layout.pipeline,
+                    virtual_pipeline=layout.virtual_pipeline,
+                ),
+            ]
+            if not misfits:
+                yield fewer
 
     def run(self, task: str, workspace: Workspace) -> None:
         if task == "tokens":

@@ -16,7 +16,7 @@ def test_all_are_told_where_the_first_listens_whoever_comes_first(
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     address = {"hosts": ["node7"], "port": 4711}
-    with exchange.exchange(loopback=True) as known, ThreadPoolExecutor(8) as threads:
+    with exchange.exchange("127.0.0.1") as known, ThreadPoolExecutor(8) as threads:
         monkeypatch.setenv(LAUNCHER_VARIABLE, known.variable())
         early = [threads.submit(tell, number) for number in range(1, 5)]
         assert not early[0].done()
@@ -27,7 +27,7 @@ def test_all_are_told_where_the_first_listens_whoever_comes_first(
 
 
 def test_a_stranger_learns_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with exchange.exchange(loopback=True) as known:
+    with exchange.exchange("127.0.0.1") as known:
         given = json.loads(known.variable())
         monkeypatch.setenv(LAUNCHER_VARIABLE, json.dumps({**given, "token": "guess"}))
         with pytest.raises(ConnectionError, match="the launcher has ended"):
@@ -41,7 +41,7 @@ def test_a_stranger_learns_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 def test_ranks_of_one_node_are_served_on_loopback_alone() -> None:
     threads = threading.active_count()
-    with exchange.exchange(loopback=True) as known:
+    with exchange.exchange("127.0.0.1") as known:
         others = [host for host in exchange.own_hosts() if host[0].isdigit() and host[:4] != "127."]
         for host in others:
             with pytest.raises(OSError):

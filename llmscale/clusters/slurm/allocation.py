@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,12 +15,19 @@ from ClusterShell.NodeSet import NodeSet
 from llmscale.artifacts import RunFolder, StageFolder
 from llmscale.clusters.base import Job
 from llmscale.clusters.failures import Failure, first_cause, forget_failures, recorded
+from llmscale.clusters.history import (
+    FINISHED,
+    End,
+    History,
+    Start,
+    progress_mark,
+    start_until_done,
+)
 from llmscale.clusters.slurm import commands
-from llmscale.clusters.slurm.history import FINISHED, History, Start, progress_mark
 from llmscale.clusters.slurm.settings import SlurmSettings
 from llmscale.clusters.slurm.srun import Step, lost_nodes
 from llmscale.clusters.stops import Stops, deaf_to_sigterm
-from llmscale.errors import Interrupted, MachineError, StageError
+from llmscale.errors import Interrupted, MachineError
 from llmscale.parallel.exchange import exchange
 
 POLL_SECONDS = 0.2
@@ -58,23 +65,6 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class End:
-    """How a start of a job's ranks ended.
-
-    Attributes:
-        line: that, in words.
-        blamed: the nodes it is laid to.
-        failure: what went wrong, unless the ranks did their work or were asked to stop.
-        stopped: whether they were asked to stop.
-    """
-
-    line: str
-    blamed: Sequence[str] = ()
-    failure: Failure | None = None
-    stopped: bool = False
-
-
-@dataclass(frozen=True)
 class SlurmCluster:
     """Runs a job's ranks in an allocation.
 
@@ -99,33 +89,21 @@ class SlurmCluster:
         """
         history, own = History(job.run_folder), self.allocation.job
         folder = RunFolder(job.run_folder).stage(job.stage)
-        if (lost := history.close_lost_start(own)) is not None:
+        if (lost := history.close_lost_start(own, commands.nodes_out_of_order)) is not None:
             self.say(lost)
-        while True:
-            nodes = self.allocation.nodes[: job.task.nodes]
-            start = Start(own, job.stage, job.task.name, progress_mark(folder), nodes)
-            self._require_progress(history, start)
-            self._leave_bad_nodes(history)
-            history.begin(start)
-            end = self._run_once(job, folder)
-            history.end(own, end.line, end.blamed)
-            if end.stopped:
-                raise Interrupted(end.line)
-            if end.failure is None:
-                return
-            if end.failure.certain:
-                raise StageError(end.line)
-            self.say(f"{end.line}; starting again")
+        nodes = self.allocation.nodes[: job.task.nodes]
 
-    def _require_progress(self, history: History, start: Start) -> None:
-        most = self.settings.restarts + 1
-        if history.starts_without_progress(start) >= most:
-            last = [e["outcome"] for e in history.entries() if e["event"] == "end"][-1]
-            since = f" since {start.mark}" if start.mark else ""
-            raise StageError(
-                f"{start.stage} ({start.task}): no progress{since} in {most} starts, so it is not "
-                f"started again; the last one: {last}"
-            )
+        def prepare() -> Start:
+            self._leave_bad_nodes(history)
+            return Start(own, job.stage, job.task.name, progress_mark(folder), nodes)
+
+        start_until_done(
+            history,
+            self.settings.restarts,
+            prepare=prepare,
+            run=lambda _start: self._run_once(job, folder),
+            say=self.say,
+        )
 
     def _leave_bad_nodes(self, history: History) -> None:
         """Has SLURM start the job again without the nodes that failed more than once."""
@@ -149,7 +127,7 @@ class SlurmCluster:
             return End(self._why(), stopped=True)
         forget_failures(folder)
         step = Step(job, self.settings)
-        with exchange(loopback=self.allocation.is_this_node) as meeting:
+        with exchange("127.0.0.1" if self.allocation.is_this_node else "") as meeting:
             code, said = self._follow(step.command(), step.environment(meeting))
         own, lost = recorded(folder, 0) or {}, lost_nodes(said)
         stopped = own.get("kind") == "stopped"

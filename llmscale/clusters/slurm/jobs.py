@@ -1,6 +1,5 @@
 """The jobs of a run: submitted once, and known by the run folder from then on."""
 
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -8,16 +7,12 @@ from pathlib import Path
 
 from ClusterShell.RangeSet import RangeSet
 
-import llmscale
-from llmscale.artifacts import RunFolder, new_folder, now, read_json, write_json
+from llmscale.artifacts import RunFolder, now, read_json, write_json
 from llmscale.clusters.base import ClusterSettings, Job, Task
+from llmscale.clusters.history import History
 from llmscale.clusters.slurm import commands
 from llmscale.clusters.slurm.commands import JobState
-from llmscale.clusters.slurm.history import History
 from llmscale.clusters.slurm.script import MEMBER, BatchJob
-
-CODE = "code"
-PACKAGE = Path(llmscale.__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -156,36 +151,3 @@ def _submitted(job: BatchJob, number: str) -> Submitted:
     if job.array is not None:
         return Submitted(number, None, None, now(), f"{logs}_*.log", job.array)
     return Submitted(number, job.needs.stage, job.needs.task.name, now(), f"{logs}.log")
-
-
-def snapshot(folder: RunFolder) -> Path | None:
-    """Copies the package into the run folder where it is a checkout that may change.
-
-    Returns:
-        the folder to import it from; None for an installed package.
-    """
-    target = snapshot_place(folder)
-    if target is None:
-        shutil.rmtree(folder.path / CODE, ignore_errors=True)
-    elif not runs_from(target):
-        with new_folder(target) as beside:
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(PACKAGE, beside / PACKAGE.name, ignore=ignored)
-    return target
-
-
-def snapshot_place(folder: RunFolder) -> Path | None:
-    """Where a run's copy of the package is put; None for an installed package."""
-    installed = {"site-packages", "dist-packages"} & set(PACKAGE.parts)
-    return None if installed else folder.path.absolute() / CODE
-
-
-def code_of(folder: RunFolder) -> Path | None:
-    """The snapshot that the run has, if it has one."""
-    code = folder.path.absolute() / CODE
-    return code if code.is_dir() else None
-
-
-def runs_from(code: Path) -> bool:
-    """Whether this process runs that copy of the package."""
-    return PACKAGE.parent == code.resolve()

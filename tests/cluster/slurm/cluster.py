@@ -1,7 +1,6 @@
 """A real SLURM cluster on this machine, for tests.
 
-Debian's slurmctld and slurmd, one slurmd a node. A node is a set of Linux namespaces with a
-hostname, process ids, /etc/hosts and /dev/shm of its own, so killing it is a power cut.
+Debian's slurmctld and slurmd, one slurmd a node, each on a machine of its own (daemons.py).
 """
 
 import os
@@ -10,12 +9,11 @@ import shlex
 import socket
 import stat
 import subprocess
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
+from tests.cluster.daemons import Daemons, free_ports, one_line, require_root, wait_until
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 GPUS = 2
@@ -69,7 +67,7 @@ class Cluster:
         self.folder = folder.resolve()
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._port = port
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._daemons = Daemons(self.folder, self.environment)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -90,23 +88,16 @@ class Cluster:
 
     def down(self) -> None:
         """Ends every process of the cluster, however much of it is up."""
-        for daemon in sorted(path.stem for path in self.folder.glob("*.pid")):
-            self._kill(daemon)
+        self._daemons.kill_all()
 
     def start_node(self, node: str) -> None:
         """Switches a node on; it is idle once it has registered."""
-        configuration = shlex.quote(self.environment["SLURM_CONF"])
-        script = (
-            f"hostname {node} && mount --bind {shlex.quote(str(self.folder / 'hosts'))} /etc/hosts"
-            f" && mount -t tmpfs tmpfs /dev/shm && {{ slurmd -D -f {configuration} -N {node} & }}"
-            " && wait"
-        )
-        namespaces = ["--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self._start(node, ["unshare", *namespaces, "sh", "-c", script])
+        slurmd = ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node]
+        self._daemons.start_machine(node, slurmd)
 
     def power_cut(self, node: str) -> None:
         """Kills everything on a node at once; SLURM has to find out by itself."""
-        self._kill(node)
+        self._daemons.kill(node)
 
     def mark_down(self, node: str) -> None:
         """Tells SLURM that a node is down, instead of waiting until it finds out."""
@@ -147,14 +138,14 @@ class Cluster:
         """Waits until every node is idle; a daemon that is not up is an error."""
         wait_until(lambda: bool(self._dead()) or not self._busy_nodes(), seconds)
         if dead := self._dead():
-            raise RuntimeError(f"{dead[0]} is not up: {self._tail(dead[0])}")
+            raise RuntimeError(f"{dead[0]} is not up: {self._daemons.tail(dead[0])}")
         if busy := self._busy_nodes():
-            raise RuntimeError(f"{busy[0]} is not idle: {self._tail(busy[0])}")
+            raise RuntimeError(f"{busy[0]} is not idle: {self._daemons.tail(busy[0])}")
 
     def settle(self) -> None:
         """Cancels every job and brings back every node, as after ``up``."""
         for node in self.nodes:
-            if not self._process(node):
+            if not self._daemons.process(node):
                 self.mark_down(node)
                 self.start_node(node)
         for cancel in (["--signal=KILL", "--full"], []):
@@ -164,18 +155,19 @@ class Cluster:
         self.wait_until_idle()
 
     def _refuse_what_cannot_work(self) -> None:
-        if os.geteuid() != 0:
-            raise RuntimeError("a SLURM test cluster needs root, to give each node its namespaces")
+        require_root()
         if any(character.isspace() for character in str(self.folder)):
             raise RuntimeError(f"slurm.conf can't name a folder with spaces: {self.folder}")
-        if any(self._process(path.stem) for path in self.folder.glob("*.pid")):
+        if self._daemons.any_runs():
             raise RuntimeError(f"a cluster is up in {self.folder} already")
 
     def _start_daemons(self) -> None:
         self._write_files()
         try:
             self._start_munged()
-            self._start("slurmctld", ["slurmctld", "-D", "-f", self.environment["SLURM_CONF"]])
+            self._daemons.start(
+                "slurmctld", ["slurmctld", "-D", "-f", self.environment["SLURM_CONF"]]
+            )
             for node in self.nodes:
                 self.start_node(node)
             self.wait_until_idle()
@@ -197,7 +189,7 @@ class Cluster:
             f" CPUs={CPUS} RealMemory={MEMORY} Gres=gpu:{GPUS}"
             for (node, address), node_port in zip(addresses.items(), ports, strict=True)
         ]
-        hosts = {f"localhost {host}": "127.0.0.1", **addresses}
+        self._daemons.write_hosts(addresses)
         texts = {
             "slurm.conf": SLURM_CONF.format(
                 host=host, port=port, folder=self.folder, nodes="\n".join(nodes)
@@ -205,7 +197,6 @@ class Cluster:
             "gres.conf": "".join(f"Name=gpu File={gpu}\n" for gpu in self._pretend_gpus()),
             # slurmd ends at once where it looks for cgroups that are not mounted
             "cgroup.conf": "CgroupPlugin=cgroup/v1\n",
-            "hosts": "".join(f"{address} {name}\n" for name, address in hosts.items()),
         }
         for name, text in texts.items():
             (self.folder / name).write_text(text)
@@ -230,61 +221,13 @@ class Cluster:
             "seed-file": self.folder / "state" / "munged.seed",
         }
         options = [f"--{name}={path}" for name, path in files.items()]
-        self._start("munged", ["munged", "--foreground", "--force", *options])
-        wait_until(lambda: sock.exists() or not self._process("munged"), 10)
+        self._daemons.start("munged", ["munged", "--foreground", "--force", *options])
+        wait_until(lambda: sock.exists() or not self._daemons.process("munged"), 10)
         if not sock.exists():
-            raise RuntimeError(f"munged is not up: {self._tail('munged')}")
-
-    def _start(self, daemon: str, argv: list[str]) -> None:
-        if self._process(daemon):
-            raise RuntimeError(f"{daemon} is up already")
-        with self._output(daemon).open("wb") as output:
-            child = subprocess.Popen(
-                argv,
-                env=os.environ | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self._children[daemon] = child
-        started = psutil.Process(child.pid).create_time()
-        self._pid_file(daemon).write_text(f"{child.pid} {started}")
-
-    def _kill(self, daemon: str) -> None:
-        process = self._process(daemon)
-        if process:
-            # the first process of a node is the child, whose end waits for all others there
-            family = [process, *process.children()]
-            for member in family:
-                with suppress(psutil.NoSuchProcess):
-                    member.kill()
-            if not wait_until(lambda: not any(map(runs, family)), 10):
-                raise RuntimeError(f"{daemon} (process {process.pid}) could not be killed")
-        if daemon in self._children:
-            self._children.pop(daemon).wait()
-        self._pid_file(daemon).unlink(missing_ok=True)
-
-    def _process(self, daemon: str) -> psutil.Process | None:
-        """The daemon's process, unless its id now belongs to another program.
-
-        Told by the time of its start: a command line is empty while a program is being loaded.
-        """
-        with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
-            pid, started = self._pid_file(daemon).read_text().split()
-            process = psutil.Process(int(pid))
-            if runs(process) and process.create_time() == float(started):
-                return process
-        return None
-
-    def _pid_file(self, daemon: str) -> Path:
-        return self.folder / f"{daemon}.pid"
-
-    def _output(self, daemon: str) -> Path:
-        return self.folder / f"{daemon}.out"
+            raise RuntimeError(f"munged is not up: {self._daemons.tail('munged')}")
 
     def _dead(self) -> list[str]:
-        return [name for name in ("munged", "slurmctld", *self.nodes) if not self._process(name)]
+        return self._daemons.dead(("munged", "slurmctld", *self.nodes))
 
     def _busy_nodes(self) -> list[str]:
         """The nodes that are not idle; all of them while the controller doesn't answer."""
@@ -297,9 +240,6 @@ class Cluster:
             return self.command(*argv)
         except RuntimeError:
             return ""
-
-    def _tail(self, daemon: str) -> str:
-        return one_line(self._output(daemon).read_text(errors="replace"))
 
 
 @contextmanager
@@ -324,35 +264,3 @@ def install_packages(log: Path) -> None:
             done = subprocess.run([*apt, *step], env=environment, stdout=output, stderr=output)
             if done.returncode:
                 raise RuntimeError(f"apt-get {step[0]} failed: {one_line(log.read_text())}")
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-
-
-def runs(process: psutil.Process) -> bool:
-    """Whether a process has not ended; a zombie has."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether a condition came true in that time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def one_line(text: str, lines: int = 3) -> str:
-    """The last lines of a text, as one."""
-    return " | ".join(text.strip().splitlines()[-lines:]) or "it said nothing"

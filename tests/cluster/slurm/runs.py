@@ -1,64 +1,18 @@
-"""Small runs of the shipped quickstart on the test cluster, and what they left."""
+"""Small runs of the shipped quickstart on the test cluster."""
 
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tests.cluster.slurm.cluster import Cluster
 from tests.conftest import QUICKSTART, ROOT
-from tests.small import SMALL_MODEL
 
-STEPS = 40
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-TWO_NODES = [
-    "cluster.nodes=2",
-    "cluster.ranks_per_node=1",
-    "stages.pretrain.parallel={tensor: 2}",
-]
-SMALL = [
-    *SMALL_MODEL,
-    f"stages.pretrain.steps={STEPS}",
-    "stages.pretrain.batch={global: 8, micro: 4}",
-    "stages.pretrain.checkpoint={every: 8, keep: 2}",
-]
 BY_SRUN = "cluster.slurm={cpus_per_rank: 1}"
 BY_TORCHRUN = "cluster.slurm={cpus_per_rank: 1, launcher: torchrun}"
-UP_TO_TRAINING = ["--stages", "corpus,tokenizer,pretrain"]
-
-Curve = list[tuple[int, float, float]]
-
-
-def curve(run: Path) -> Curve:
-    """Step, loss and gradient norm of each step."""
-    lines = (run / "pretrain" / "metrics.jsonl").read_text().splitlines()
-    return [
-        (line["step"], line["loss"], line["gradient_norm"])
-        for line in map(json.loads, lines)
-        if "loss" in line
-    ]
-
-
-def steps(run: Path) -> int:
-    """How many steps are logged so far."""
-    file = run / "pretrain" / "metrics.jsonl"
-    return len(curve(run)) if file.exists() else 0
-
-
-def until(true: Callable[[], bool], seconds: float = 120) -> None:
-    """Waits until something holds."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
 
 
 def llmscale(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -93,15 +47,16 @@ def sbatch(
     *arguments: object,
     options: list[str] | None = None,
     recipe: Path = QUICKSTART,
+    script: str = "slurm/train.sbatch",
 ) -> str:
-    """Submits the shipped script, on two nodes unless told; returns the job's id."""
+    """Submits a shipped script, on two nodes unless told; returns the job's id."""
     submitted = subprocess.run(
         [
             "sbatch",
             "--parsable",
             f"--output={run}.log",
             *(options or []),
-            "slurm/train.sbatch",
+            script,
             str(recipe),
             *map(str, arguments),
             "--run-dir",
@@ -121,22 +76,3 @@ def completed(slurm: Cluster, job: str, run: Path, seconds: float = 180) -> None
     state = slurm.wait_for(job, ENDED, seconds)
     log = Path(f"{run}.log")
     assert state == "COMPLETED", log.read_text() if log.exists() else state
-
-
-def copied(prepared: Path, run: Path) -> Path:
-    """A run folder whose corpus and tokenizer are finished."""
-    return Path(shutil.copytree(prepared, run))
-
-
-def rank_process(run: Path, rank: int) -> psutil.Process:
-    """A training rank's process, wherever on this machine its node is."""
-    for process in psutil.process_iter(["cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if "llmscale.rank_process" not in command or str(run) not in command:
-            continue
-        if not re.search(r'"name": "train"', command) or "torch.distributed" in command:
-            continue
-        own = process.environ()
-        if own.get("RANK", own.get("SLURM_PROCID")) == str(rank):
-            return process
-    raise AssertionError(f"rank {rank} of {run} does not run")

@@ -13,20 +13,9 @@ from pathlib import Path
 import pytest
 import submitit
 
+from tests.cluster.runs import SMALL, TWO_NODES, UP_TO_TRAINING, copied, steps, until
 from tests.cluster.slurm.cluster import Cluster
-from tests.cluster.slurm.runs import (
-    BY_SRUN,
-    ENDED,
-    SMALL,
-    TWO_NODES,
-    UP_TO_TRAINING,
-    copied,
-    environment,
-    llmscale,
-    sbatch,
-    steps,
-    until,
-)
+from tests.cluster.slurm.runs import BY_SRUN, ENDED, environment, llmscale, sbatch
 from tests.conftest import QUICKSTART, ROOT
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -176,7 +165,7 @@ def test_a_rank_finds_the_environments_text_unchanged(slurm: Cluster, tmp_path: 
         "settings = SlurmSettings(environment={'HOSTILE': sys.argv[1]})\n"
         "step = Step(Job(Path('/'), 's', Task('t')), settings)\n"
         "code = 'import os, sys; sys.stdout.write(ascii(os.environ[\"HOSTILE\"]))'\n"
-        "with exchange(loopback=True) as known:\n"
+        "with exchange('127.0.0.1') as known:\n"
         "    command = [*step.command()[:-3], '-c', code]\n"
         "    subprocess.run(command, env=step.environment(known), check=True)\n"
     )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.runs import SMALL, steps, until
 from tests.cluster.slurm.cluster import Cluster
-from tests.cluster.slurm.runs import ENDED, SMALL, completed, llmscale, sbatch, status, steps, until
+from tests.cluster.slurm.runs import ENDED, completed, llmscale, sbatch, status
 from tests.conftest import QUICKSTART
 from tests.small import at
 

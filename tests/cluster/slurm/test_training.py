@@ -1,48 +1,31 @@
 """A recipe on a real SLURM cluster: the same curve, whatever ends a job in the middle."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm.cluster import Cluster
-from tests.cluster.slurm.runs import (
-    BY_SRUN,
-    BY_TORCHRUN,
+from tests.cluster.runs import (
+    ON_ONE,
     SMALL,
     STEPS,
     TWO_NODES,
     UP_TO_TRAINING,
     Curve,
-    completed,
     copied,
     curve,
+    history,
+    mishaps,
     rank_process,
-    sbatch,
-    status,
     steps,
     until,
 )
+from tests.cluster.slurm.cluster import Cluster
+from tests.cluster.slurm.runs import BY_SRUN, BY_TORCHRUN, completed, sbatch, status
 from tests.conftest import QUICKSTART
 from tests.ranks import run_recipe
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-
-ON_ONE = ["cluster.ranks_per_node=2", "stages.pretrain.parallel={tensor: 2}"]
-
-
-@pytest.fixture(scope="module")
-def local_curve(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Curve:
-    """The curve of the same recipe on this machine's own ranks."""
-    run = copied(prepared, tmp_path_factory.mktemp("local") / "run")
-    run_recipe(QUICKSTART, run, [*SMALL, *ON_ONE], ["pretrain"])
-    return curve(run)
-
-
-@pytest.fixture
-def run(prepared: Path, tmp_path: Path) -> Path:
-    return copied(prepared, tmp_path / "run")
 
 
 @pytest.mark.parametrize("launcher", [BY_SRUN, BY_TORCHRUN], ids=["srun", "torchrun"])
@@ -157,7 +140,9 @@ def test_a_preempted_job_saves_gives_way_and_comes_back_with_the_same_curve(
     low = ["--partition=low"]
     job = sbatch(slurm, run, *TWO_NODES, *SMALL, BY_SRUN, *UP_TO_TRAINING, options=low)
     until(lambda: steps(run) > 10)
-    urgent = slurm.submit("--partition=main", "--nodes=3", "--exclusive", "--wrap=true")
+    urgent = slurm.submit(
+        "--partition=main", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
     assert slurm.wait_for(urgent, ["COMPLETED"], 60) == "COMPLETED"
     completed(slurm, job, run)
     assert curve(run) == local_curve
@@ -165,6 +150,7 @@ def test_a_preempted_job_saves_gives_way_and_comes_back_with_the_same_curve(
 
 
 def test_an_error_that_would_come_again_is_not_tried_again(slurm: Cluster, run: Path) -> None:
+    shutil.rmtree(run / "pretrain")
     long = "stages.pretrain.model.sequence_length=16000000"
     job = sbatch(slurm, run, *TWO_NODES, *SMALL, long, BY_SRUN, *UP_TO_TRAINING)
     assert slurm.wait_for(job, ["FAILED", "COMPLETED"], 120) == "FAILED"
@@ -182,12 +168,3 @@ def test_restarts_without_progress_come_to_an_end_that_says_so(slurm: Cluster, r
     last = Path(f"{run}.log").read_text().splitlines()[-1]
     assert "pretrain (train): no progress in 2 starts, so it is not started again" in last
     assert "missing0" in last
-
-
-def history(run: Path) -> list[dict[str, object]]:
-    file = run / "slurm" / "history.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def mishaps(run: Path) -> int:
-    return sum(e["event"] == "end" and e["outcome"] != "finished" for e in history(run))

@@ -3,15 +3,15 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llmscale.artifacts import StageFolder, now
-from llmscale.clusters.slurm.commands import nodes_out_of_order
-from llmscale.errors import MachineError
+from llmscale.clusters.failures import Failure
+from llmscale.errors import Interrupted, MachineError, StageError
 
 FAILURES_OF_A_BAD_NODE = 2
 FINISHED = "finished"
@@ -22,9 +22,9 @@ class Start:
     """One start of a task's ranks within a job.
 
     Attributes:
-        job: SLURM's id of the job.
+        job: SLURM's or Ray's id of the job.
         mark: how far the stage was, as a checkpoint's name.
-        nodes: the nodes of the step.
+        nodes: those of the step; on Ray, all that are there.
     """
 
     job: str
@@ -34,11 +34,30 @@ class Start:
     nodes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class End:
+    """How a start of a job's ranks ended.
+
+    Attributes:
+        line: that, in words.
+        blamed: the nodes it is laid to.
+        failure: what went wrong, unless the ranks did their work or were asked to stop.
+        stopped: whether they were asked to stop.
+        again: whether they were, to start again at once.
+    """
+
+    line: str
+    blamed: Sequence[str] = ()
+    failure: Failure | None = None
+    stopped: bool = False
+    again: bool = False
+
+
 class History:
-    """``RUN_DIR/slurm/history.jsonl``: written by one launcher at a time, read by anybody."""
+    """``RUN_DIR/history.jsonl``: written by one launcher at a time, read by anybody."""
 
     def __init__(self, run_folder: Path) -> None:
-        self.file = run_folder / "slurm" / "history.jsonl"
+        self.file = run_folder / "history.jsonl"
 
     def entries(self) -> list[dict[str, Any]]:
         """All that happened, in order; a line that was cut off is left out."""
@@ -71,8 +90,13 @@ class History:
         """Notes how the last start ended, and the nodes it is laid to."""
         self._add(event="end", job=job, outcome=outcome, blamed=list(blamed))
 
-    def close_lost_start(self, job: str) -> str | None:
+    def close_lost_start(
+        self, job: str, gone: Callable[[Sequence[str]], Mapping[str, str]]
+    ) -> str | None:
         """Notes the end of a start of this job that nobody noted, and which nodes are gone.
+
+        Args:
+            gone: tells which of some nodes are out of order, and their states.
 
         Returns:
             what was noted; None if no start was left open.
@@ -81,12 +105,12 @@ class History:
         if not entries or entries[-1]["event"] != "start":
             return None
         try:
-            gone = nodes_out_of_order(entries[-1]["nodes"])
+            lost = gone(entries[-1]["nodes"])
         except MachineError:
-            gone = {}
-        cause = ", ".join(f"{node} is {state}" for node, state in gone.items())
+            lost = {}
+        cause = ", ".join(f"{node} is {state}" for node, state in lost.items())
         outcome = f"the job ended without a word{': ' if cause else ''}{cause}; SLURM requeued it"
-        self.end(job, outcome, gone)
+        self.end(job, outcome, lost)
         return outcome
 
     def starts_without_progress(self, start: Start) -> int:
@@ -116,3 +140,52 @@ def progress_mark(folder: StageFolder) -> str:
     if not folder.checkpoints.is_dir():
         return ""
     return max((path.name for path in folder.checkpoints.glob("step-*")), default="")
+
+
+def start_until_done(
+    history: History,
+    restarts: int,
+    *,
+    prepare: Callable[[], Start],
+    run: Callable[[Start], End],
+    say: Callable[[str], None],
+) -> None:
+    """Starts a task's ranks, again after each failure that may pass, until they are done.
+
+    Args:
+        restarts: how often in a row they are started again without a new checkpoint.
+        prepare: makes ready for a start, and says which it is.
+        run: runs the ranks to their end.
+        say: told, in a line, what went wrong and is mended.
+
+    Raises:
+        StageError: if a rank failed for certain, or too often without progress.
+        Interrupted: if the ranks were asked to stop, and did.
+    """
+    while True:
+        start = prepare()
+        _require_progress(history, start, restarts + 1)
+        history.begin(start)
+        try:
+            end = run(start)
+        except BaseException as error:
+            history.end(start.job, str(error) or type(error).__name__)
+            raise
+        history.end(start.job, end.line, end.blamed)
+        if end.stopped:
+            raise Interrupted(end.line)
+        if end.failure is None and not end.again:
+            return
+        if end.failure is not None and end.failure.certain:
+            raise StageError(end.line)
+        say(f"{end.line}; starting again")
+
+
+def _require_progress(history: History, start: Start, most: int) -> None:
+    if history.starts_without_progress(start) >= most:
+        last = [e["outcome"] for e in history.entries() if e["event"] == "end"][-1]
+        since = f" since {start.mark}" if start.mark else ""
+        raise StageError(
+            f"{start.stage} ({start.task}): no progress{since} in {most} starts, so it is not "
+            f"started again; the last one: {last}"
+        )

@@ -1,0 +1,93 @@
+"""Small runs of the shipped quickstart on the test cluster."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.cluster.ray.cluster import Cluster
+from tests.cluster.runs import SMALL, TWO_NODES, until
+from tests.conftest import QUICKSTART, ROOT
+
+ON_TWO_WORKERS = [*TWO_NODES, "cluster.ray={placement: strict_spread}"]
+TRAINING = [*SMALL, *ON_TWO_WORKERS, "--stages", "corpus,tokenizer,pretrain"]
+
+
+def command(cluster: Cluster, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command, as a user of that cluster runs it."""
+    return subprocess.run(
+        [str(word) for word in arguments],
+        capture_output=True,
+        text=True,
+        env=environment(cluster),
+        cwd=ROOT,
+        timeout=300,
+    )
+
+
+def llmscale(cluster: Cluster, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """``llmscale``, as a user of that cluster runs it."""
+    return command(cluster, sys.executable, "-m", "llmscale", *arguments)
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """A user's environment."""
+    return {**os.environ, **cluster.environment}
+
+
+def status(cluster: Cluster, run: Path) -> dict[str, Any]:
+    """What ``llmscale status --json`` tells."""
+    told = llmscale(cluster, "status", run, "--json")
+    assert told.returncode == 0, told.stderr
+    answer: dict[str, Any] = json.loads(told.stdout)
+    return answer
+
+
+def submit(cluster: Cluster, run: Path, *arguments: object) -> str:
+    """Submits the quickstart by Ray's Jobs API, without an upload; returns the job's id."""
+    words = ["llmscale", "run", QUICKSTART, *arguments, "--run-dir", run]
+    return str(cluster.jobs().submit_job(entrypoint=shlex.join(map(str, words))))
+
+
+def ended(cluster: Cluster, job: str, seconds: float = 180) -> str:
+    """How a job has ended, waited for."""
+    jobs = cluster.jobs()
+    until(lambda: jobs.get_job_status(job).is_terminal(), seconds)
+    return str(jobs.get_job_status(job).value)
+
+
+def succeeded(cluster: Cluster, job: str, seconds: float = 180) -> str:
+    """What a job said, which must end well."""
+    state = ended(cluster, job, seconds)
+    said = str(cluster.jobs().get_job_logs(job))
+    assert state == "SUCCEEDED", said
+    return said
+
+
+def actor_of(rank: psutil.Process) -> psutil.Process:
+    """The actor whose child a rank's process is."""
+    actor = rank.parent()
+    assert actor is not None and "ray::RankActor" in " ".join(actor.cmdline()), actor
+    return actor
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Every process that was started for a run."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if re.search(rf"{run}\b", " ".join(process.info["cmdline"] or []))
+        and process.pid != os.getpid()
+    ]
+
+
+def seconds_since(start: float) -> float:
+    """Of the monotonic clock."""
+    return time.monotonic() - start
