@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ class Cluster:
         self.workers = [f"worker{number}" for number in range(1, workers + 1)]
         self.token = secrets.token_hex(32)
         self._daemons = Daemons(self.folder, self.environment)
-        self._port, dashboard, self._client_port = free_ports(3)
-        self.address = f"http://127.0.0.1:{dashboard}"
+        self._choose_ports()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -49,8 +48,18 @@ class Cluster:
         require_root()
         self.folder.mkdir(parents=True, exist_ok=True)
         SESSIONS.mkdir(exist_ok=True)
+        try:
+            self._start_all()
+        except RuntimeError:
+            self._choose_ports()  # a free one may be another program's by the time it is used
+            self._start_all()
+
+    def _choose_ports(self) -> None:
+        self._port, dashboard, self._client_port = free_ports(3)
+        self.address = f"http://127.0.0.1:{dashboard}"
+
+    def _start_all(self) -> None:
         self._daemons.write_hosts({node: self._ip(node) for node in ("head", *self.workers)})
-        dashboard = self.address.rpartition(":")[2]
         try:
             self._start(
                 "head",
@@ -58,9 +67,10 @@ class Cluster:
                 f"--port={self._port}",
                 "--num-cpus=0",
                 "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={dashboard}",
+                f"--dashboard-port={self.address.rpartition(':')[2]}",
                 f"--ray-client-server-port={self._client_port}",
             )
+            self._wait_for(["head"])
             for worker in self.workers:
                 self.start_worker(worker)
             self.wait_until_all_there()
@@ -82,8 +92,9 @@ class Cluster:
 
     def wait_until_all_there(self) -> None:
         """Waits until every node has joined; a process that has ended is an error."""
-        nodes = ("head", *self.workers)
+        self._wait_for(["head", *self.workers])
 
+    def _wait_for(self, nodes: Sequence[str]) -> None:
         def there() -> bool:
             return bool(self._daemons.dead(nodes)) or self._alive() == len(nodes)
 
