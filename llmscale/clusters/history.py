@@ -169,7 +169,8 @@ def start_until_done(
         try:
             end = run(start)
         except BaseException as error:
-            history.end(start.job, str(error) or type(error).__name__)
+            with suppress(OSError):  # on a full disk, the error itself matters more
+                history.end(start.job, str(error) or type(error).__name__)
             raise
         history.end(start.job, end.line, end.blamed)
         if end.stopped:

@@ -9,9 +9,10 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import psutil
 
@@ -122,6 +123,29 @@ class Daemons:
 
     def _output(self, name: str) -> Path:
         return self.folder / f"{name}.out"
+
+
+class Clusterlike(Protocol):
+    """A test cluster of any kind."""
+
+    def up(self) -> None:
+        """Brings it up; a failure leaves nothing running."""
+
+    def down(self) -> None:
+        """Ends every process of it."""
+
+
+ClusterT = TypeVar("ClusterT", bound=Clusterlike)
+
+
+@contextmanager
+def running(cluster: ClusterT) -> Iterator[ClusterT]:
+    """A cluster that is up inside the block and down after it."""
+    cluster.up()
+    try:
+        yield cluster
+    finally:
+        cluster.down()
 
 
 def require_root() -> None:

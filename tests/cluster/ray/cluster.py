@@ -8,8 +8,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +150,3 @@ class Cluster:
 
     def _ip(self, node: str) -> str:
         return f"127.0.2.{('head', *self.workers).index(node) + 1}"
-
-
-@contextmanager
-def running_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
-    """A cluster that is up inside the block and down after it."""
-    cluster = Cluster(folder, workers)
-    cluster.up()
-    try:
-        yield cluster
-    finally:
-        cluster.down()

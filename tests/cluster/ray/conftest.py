@@ -4,14 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.ray.cluster import Cluster, running_cluster
+from tests.cluster.daemons import running
+from tests.cluster.ray.cluster import Cluster
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Ray cluster of a head and two workers, all there when a test begins."""
-    with running_cluster(tmp_path_factory.mktemp("ray")) as running:
-        yield running
+    with running(Cluster(tmp_path_factory.mktemp("ray"))) as there:
+        yield there
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +85,3 @@ def processes_of(run: Path) -> list[psutil.Process]:
         if re.search(rf"{run}\b", " ".join(process.info["cmdline"] or []))
         and process.pid != os.getpid()
     ]
-
-
-def seconds_since(start: float) -> float:
-    """Of the monotonic clock."""
-    return time.monotonic() - start

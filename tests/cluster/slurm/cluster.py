@@ -9,8 +9,7 @@ import shlex
 import socket
 import stat
 import subprocess
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tests.cluster.daemons import Daemons, free_ports, one_line, require_root, wait_until
@@ -240,17 +239,6 @@ class Cluster:
             return self.command(*argv)
         except RuntimeError:
             return ""
-
-
-@contextmanager
-def running_cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
-    """A cluster that is up inside the block and down after it."""
-    cluster = Cluster(folder, nodes)
-    cluster.up()
-    try:
-        yield cluster
-    finally:
-        cluster.down()
 
 
 def install_packages(log: Path) -> None:

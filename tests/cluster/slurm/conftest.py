@@ -4,13 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.slurm.cluster import Cluster, running_cluster
+from tests.cluster.daemons import running
+from tests.cluster.slurm.cluster import Cluster
 
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A SLURM cluster of three nodes, all idle when a test begins."""
-    with running_cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as cluster:
+    with running(Cluster(tmp_path_factory.mktemp("slurm"), nodes=3)) as cluster:
         yield cluster
 
 
