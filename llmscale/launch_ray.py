@@ -2,14 +2,14 @@
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 
 from llmscale.artifacts import RunFolder, now, write_text
 from llmscale.clusters.ray.connection import connected, own_submission, require_ray
-from llmscale.clusters.ray.jobs import RayJob, client, job_of, new_job, note_job, submit
+from llmscale.clusters.ray.jobs import RayJob, client, job_of, new_job, note_job, note_state, submit
 from llmscale.clusters.ray.settings import RaySettings
 from llmscale.clusters.snapshot import snapshot
 from llmscale.clusters.stops import Stops
@@ -47,8 +47,22 @@ class RayLaunch:
         return detach(self.request)
 
     def run(self, console: Console) -> dict[str, Any]:
-        """Runs the stages."""
+        """Runs the stages; how that ended is known from the run folder when the cluster is gone."""
         require_ray()
+        try:
+            answer = self._run(console)
+        except BaseException as error:
+            self._note_end("STOPPED" if isinstance(error, Interrupted) else "FAILED")
+            raise
+        self._note_end("SUCCEEDED")
+        return answer
+
+    def _note_end(self, state: str) -> None:
+        job = job_of(self.request.folder)
+        if job is not None and job.job == own_submission():
+            note_state(self.request.folder, replace(job, state=state))
+
+    def _run(self, console: Console) -> dict[str, Any]:
         request = self.request
         settings = request.recipe.cluster.ray or RaySettings()
         ranks = max(task.ranks for task in request.pipeline().tasks(request.stages))

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from llmscale.artifacts import RunFolder
+from llmscale.clusters.ray.jobs import job_of
 from tests.cluster.ray.cluster import Cluster
 from tests.cluster.ray.runs import (
     TRAINING,
@@ -54,9 +56,16 @@ def test_a_detached_run_is_looked_at_and_cancelled_from_another_terminal(
     assert ended(cluster, job, 60) == "STOPPED"
     assert "with a checkpoint" in follower.communicate(timeout=60)[0]
     assert processes_of(run) == []
+    assert noted_state(run) == "STOPPED"
     told = status(cluster, run)
     assert told["running"] is None
     assert [s["status"] for s in told["stages"] if s["stage"] == "pretrain"] == ["interrupted"]
+
+
+def noted_state(run: Path) -> str | None:
+    """How the run's job ended, as the run folder has it."""
+    job = job_of(RunFolder(run))
+    return None if job is None else job.state
 
 
 def test_a_followed_run_says_what_its_job_says_and_ends_as_it_does(
@@ -70,6 +79,7 @@ def test_a_followed_run_says_what_its_job_says_and_ends_as_it_does(
     assert told.returncode == 0, told.stderr
     assert "pretrain: train on 2 ranks" in told.stdout
     assert told.stderr == ""
+    assert noted_state(run) == "SUCCEEDED"
     assert curve(run) == local_curve
 
 

@@ -46,7 +46,8 @@ def test_killed_actors_are_started_again_with_the_same_curve_and_status_tells(
     moments = random.Random(0)
     job = submit(cluster, run, *TRAINING)
     for kill in range(2):
-        until(lambda: steps(run) > moments.randrange(4, 12) + 16 * kill)  # noqa: B023
+        moment = moments.randrange(4, 12) + 16 * kill
+        until(lambda: steps(run) > moment)  # noqa: B023
         actor_of(rank_process(run, moments.randrange(2))).kill()
         until(lambda: mishaps(run) > kill, 60)  # noqa: B023
     succeeded(cluster, job)
