@@ -4,42 +4,46 @@ Each document is a sequence that ends with the end-of-text token. Since document
 behind the other, the ``.bin`` file is also one flat stream, which is how samples are cut.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-DOCUMENTS_A_BATCH = 256
+DOCUMENTS_A_BATCH, CHARACTERS_A_BATCH = 256, 2**20
 
 
-def write_tokens(
-    texts: Iterable[str],
-    tokenizer: Any,
-    prefix: Path,
-    on_document: Callable[[int], None] = lambda documents: None,
-) -> int:
-    """Encodes texts to ``prefix.bin`` and ``prefix.idx``; returns the number of tokens."""
-    end_of_text = tokenizer.eos_token_id
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
-    total = documents = 0
-    for batch in _batches(texts, DOCUMENTS_A_BATCH):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            tokens = np.array([*ids, end_of_text], dtype=builder.dtype)
-            builder.add_document(tokens, [len(tokens)])
-            total += len(tokens)
-            documents += 1
-            on_document(documents)
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts as many at a time as are encoded together."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == DOCUMENTS_A_BATCH or characters >= CHARACTERS_A_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
+    """The tokens of each text and the one that ends it, in the smallest type that holds them."""
+    dtype = DType.optimal_dtype(len(tokenizer))
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.array([*own, tokenizer.eos_token_id], dtype=dtype) for own in ids]
+
+
+def write_tokens(documents: Iterable[np.ndarray], vocabulary: int, prefix: Path) -> int:
+    """Writes encoded documents to ``prefix.bin`` and ``prefix.idx``; returns their tokens."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocabulary))
+    total = 0
+    for tokens in documents:
+        builder.add_document(tokens, [len(tokens)])
+        total += len(tokens)
     builder.finalize(f"{prefix}.idx")
     return total
-
-
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 class TokenStream:

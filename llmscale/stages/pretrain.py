@@ -224,7 +224,16 @@ class Pretrain(Stage):
             neighbours=self.parallel.tensor,
             fewer=tuple(self._fewer_ranks(cluster.ranks)),
         )
-        return (Task("tokens"), train)
+        return (self._tokens_task(cluster), train)
+
+    @staticmethod
+    def _tokens_task(cluster: ClusterSettings) -> Task:
+        """On Ray all ranks encode; elsewhere one process, which uses its node's cores."""
+        if cluster.on != "ray":
+            return Task("tokens")
+        return Task(
+            "tokens", cluster.ranks, cluster.nodes, fewer=tuple(range(1, cluster.ranks))[::-1]
+        )
 
     def _fewer_ranks(self, ranks: int) -> Iterator[int]:
         """Smaller numbers of ranks that train the same batches: with fewer copies of the model."""

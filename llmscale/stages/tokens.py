@@ -1,53 +1,102 @@
-"""Corpora as tokens on disk: made once, by one process, before any rank starts."""
+"""Corpora as tokens on disk: made once, before training starts."""
 
-from collections.abc import Mapping
-from itertools import count, takewhile
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmscale.artifacts import new_folder, read_json, write_json
-from llmscale.data.corpus import SPLITS, read_split
+from llmscale.data.corpus import SPLITS, Split, read_split
 from llmscale.data.samples import Samples
 from llmscale.data.tokenizer import load_tokenizer, sentinel
-from llmscale.data.tokens import TokenStream, write_tokens
+from llmscale.data.tokens import TokenStream, batches, encoded, write_tokens
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
+from llmscale.parallel.turns import in_turns
+from llmscale.parallel.world import joined_world
 from llmscale.stages.base import Workspace
 from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
 from llmscale.training.curriculum import PlacedPhase
 from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
 from llmscale.training.objectives import Objective, make_objective
 
+SECONDS_FOR_A_TURN = 3600.0
+
 
 def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
     """Writes ``tokens/CORPUS/train`` and ``.../validation`` (.bin, .idx) and what they are.
+
+    Every rank of the task calls it; they encode in turns, and the first one writes.
 
     Raises:
         RecipeError: if a training split is too short for one sample, or the tokenizer
             lacks a token that the model's objective needs.
     """
-    folder = workspace.folder.path / "tokens"
     tokenizer = load_tokenizer(workspace.inputs["tokenizer"])
     _require_tokens(stage, workspace.inputs["tokenizer"], tokenizer)
-    corpora = {name: workspace.inputs[key] for name, key in stage.corpora().items()}
-    documents = {
-        (name, split): sum(1 for _ in read_split(corpus, split))
-        for name, corpus in corpora.items()
-        for split in SPLITS
-    }
-    total = sum(documents.values())
-    before = 0
+    with _together(workspace):
+        documents = {
+            (name, split): _encoded_in_turns(workspace, key, split, tokenizer)
+            for name, key in stage.corpora().items()
+            for split in SPLITS
+        }
+        if workspace.rank == 0:
+            _write(stage, workspace, tokenizer, documents)
+        else:
+            for share in documents.values():
+                deque(share, maxlen=0)
+
+
+def _together(workspace: Workspace) -> AbstractContextManager[object]:
+    if workspace.ranks == 1:
+        return nullcontext()
+    return joined_world(
+        rank=workspace.rank,
+        ranks=workspace.ranks,
+        rendezvous=workspace.rendezvous,
+        device="cpu",
+        timeout_seconds=SECONDS_FOR_A_TURN,
+    )
+
+
+def _encoded_in_turns(
+    workspace: Workspace, key: str, split: str, tokenizer: Any
+) -> Iterator[np.ndarray]:
+    texts = read_split(workspace.inputs[key], split)
+    turns = in_turns(
+        partial(encoded, tokenizer=tokenizer), batches(texts), workspace.rank, workspace.ranks
+    )
+    return chain.from_iterable(turns)
+
+
+def _write(
+    stage: Pretrain,
+    workspace: Workspace,
+    tokenizer: Any,
+    documents: Mapping[tuple[str, Split], Iterator[np.ndarray]],
+) -> None:
+    folder = workspace.folder.path / "tokens"
+    total = sum(
+        sum(1 for _ in read_split(workspace.inputs[stage.corpora()[name]], split))
+        for name, split in documents
+    )
+    done = count(1)
+
+    def told(share: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for tokens in share:
+            workspace.progress.update(next(done), total, "documents", "tokens")
+            yield tokens
+
     with new_folder(folder) as beside:
-        counts: dict[str, dict[str, int]] = {name: {} for name in corpora}
-        for (name, split), size in documents.items():
-
-            def on_document(number: int, before: int = before) -> None:
-                workspace.progress.update(before + number, total, "documents", "tokens")
-
-            texts = read_split(corpora[name], split)
+        counts: dict[str, dict[str, int]] = {name: {} for name in stage.corpora()}
+        for (name, split), share in documents.items():
             (beside / name).mkdir(exist_ok=True)
-            counts[name][split] = write_tokens(texts, tokenizer, beside / name / split, on_document)
-            before += size
+            counts[name][split] = write_tokens(told(share), len(tokenizer), beside / name / split)
         about = {
             "vocabulary": _vocabulary(stage, len(tokenizer)),
             "tokenizer_size": len(tokenizer),

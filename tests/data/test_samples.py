@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from llmscale.data.samples import Samples, rank_places
 from llmscale.data.tokenizer import train_tokenizer
-from llmscale.data.tokens import TokenStream, write_tokens
+from llmscale.data.tokens import TokenStream, encoded, write_tokens
 
 TEXTS = [f"document {n}: " + "so foul and fair a day I have not seen. " * n for n in range(1, 30)]
 
@@ -44,7 +44,7 @@ def test_the_ranks_together_read_the_global_batch_once(
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("tokens") / "train"
     tokenizer = train_tokenizer(iter(TEXTS), "bpe", 300)
-    write_tokens(TEXTS, tokenizer, prefix)
+    write_tokens(encoded(TEXTS, tokenizer), len(tokenizer), prefix)
     return prefix
 
 

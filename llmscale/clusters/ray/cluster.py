@@ -41,6 +41,8 @@ from llmscale.parallel.exchange import CORES_VARIABLE, LAUNCHER_VARIABLE, RANK_V
 SECONDS_FOR_OTHERS_ERRORS = 3.0
 SECONDS_BETWEEN_LOOKS = 5.0
 KILLED = -int(signal.SIGKILL)
+TOKENIZER_THREADS_VARIABLE = "RAYON_NUM_THREADS"
+"""How many threads the package tokenizers uses."""
 CODES_OF_THE_ASKED = {0, Interrupted.exit_code, -int(SIGNAL_TO_SAVE)}
 
 
@@ -190,6 +192,7 @@ class RayCluster:
             LAUNCHER_VARIABLE: launcher,
             RANK_VARIABLE: str(seat.rank),
             CORES_VARIABLE: str(self.settings.cpus_per_rank),
+            TOKENIZER_THREADS_VARIABLE: str(self.settings.cpus_per_rank),
             "LOCAL_RANK": str(seat.local_rank),
             "LOCAL_WORLD_SIZE": str(seat.local_ranks),
             **code,
