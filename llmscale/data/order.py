@@ -5,8 +5,20 @@ of four, walked until it lands below ``size`` (cycle walking; Black and Rogaway 
 """
 
 import hashlib
+from functools import lru_cache
 
 ROUNDS = 6
+
+
+def number_at(consumed: int, size: int, seed: int) -> int:
+    """Which of ``size`` samples comes after ``consumed`` others; every epoch has its own order."""
+    epoch, index = divmod(consumed, size)
+    return _epoch_order(size, seed, epoch)[index]
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(size: int, seed: int, epoch: int) -> "Permutation":
+    return Permutation(size, (seed, epoch))
 
 
 class Permutation:

@@ -4,12 +4,11 @@ Shape legend: s sequence length.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 
-from llmscale.data.order import Permutation
+from llmscale.data.order import number_at
 
 
 class Stream(Protocol):
@@ -45,13 +44,7 @@ class Samples:
 
     def number_at(self, consumed: int) -> int:
         """Which sample comes after ``consumed`` others; every epoch has an order of its own."""
-        epoch, index = divmod(consumed, len(self))
-        return _epoch_order(len(self), self.seed, epoch)[index]
-
-
-@lru_cache(maxsize=8)
-def _epoch_order(size: int, seed: int, epoch: int) -> Permutation:
-    return Permutation(size, (seed, epoch))
+        return number_at(consumed, len(self), self.seed)
 
 
 def rank_places(

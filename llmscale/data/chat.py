@@ -1,0 +1,124 @@
+"""Conversations as tokens: by a chat template, and which tokens are answers.
+
+Shape legend: n tokens of an example.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmscale.data.conversations import Conversation
+from llmscale.data.records import Malformed
+
+CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
+"""
+
+ALPACA = """\
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{ message.content + '\n\n' }}
+{%- elif message.role == 'user' -%}{{ '### Instruction:\n' + message.content + '\n\n' }}
+{%- else -%}{{ '### Response:\n' + message.content + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif -%}
+"""
+
+PLAIN = """\
+{%- for message in messages -%}
+{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}
+{%- endfor -%}
+"""
+
+TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA, "plain": PLAIN}
+"""ChatML (OpenAI 2023), Alpaca's headings (Taori et al. 2023), and no words of its own."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens, and which of them a model is to learn to say.
+
+    Attributes:
+        tokens_n: int32.
+        learned_n: bool; never the first token, which nothing comes before.
+    """
+
+    tokens_n: np.ndarray
+    learned_n: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens_n)
+
+
+def encoded_conversation(conversation: Conversation, tokenizer: Any, template: str) -> Example:
+    """A conversation as the template writes it; what assistants say in it is learned.
+
+    An answer reaches from where generation would start to what the template puts behind it.
+    A token that begins before an answer is none of it.
+
+    Args:
+        tokenizer: a fast one of transformers, for its offsets.
+        template: in Jinja.
+
+    Raises:
+        Malformed: if the template changes earlier turns when later ones come, or refuses them.
+    """
+    text, answers = _rendered(conversation, tokenizer, template)
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts_n = np.array([start for start, _ in coded["offset_mapping"]], dtype=np.int64)
+    learned_n = np.zeros(len(starts_n), dtype=bool)
+    for first, end in answers:
+        learned_n |= (starts_n >= first) & (starts_n < end)
+    learned_n[:1] = False
+    return Example(np.array(coded["input_ids"], dtype=np.int32), learned_n)
+
+
+def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> str:
+    """What a model is given, to answer the conversation's last turn."""
+    return _render(conversation, tokenizer, template, ask=True)
+
+
+def _rendered(
+    conversation: Conversation, tokenizer: Any, template: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The whole text, and where in it each answer begins and ends."""
+    text = _render(conversation, tokenizer, template)
+    spans = []
+    for before, after in _texts_around_answers(conversation, tokenizer, template):
+        if not (text.startswith(after) and after.startswith(before)):
+            raise Malformed(
+                "a template that changes earlier turns",
+                "its answers cannot be told apart; use another template",
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _texts_around_answers(
+    conversation: Conversation, tokenizer: Any, template: str
+) -> Iterator[tuple[str, str]]:
+    for number, turn in enumerate(conversation):
+        if turn.role == "assistant":
+            yield (
+                _render(conversation[:number], tokenizer, template, ask=True),
+                _render(conversation[: number + 1], tokenizer, template),
+            )
+
+
+def _render(conversation: Conversation, tokenizer: Any, template: str, ask: bool = False) -> str:
+    import jinja2
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in conversation]
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=ask
+            )
+        )
+    except jinja2.TemplateError as error:
+        raise Malformed("refused by the chat template", str(error)) from None

@@ -1,0 +1,96 @@
+"""Instruction data in its usual forms, all read as conversations."""
+
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmscale.data.records import Malformed
+
+
+class Turn(NamedTuple):
+    """What one side says."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Conversation = tuple[Turn, ...]
+FormOfRecord = TypeVar("FormOfRecord", bound=BaseModel)
+
+
+class _Form(BaseModel):
+    """A form of record; keys it does not name are left alone."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Alpaca(_Form):
+    instruction: str
+    input: str = ""
+    output: str
+
+    def turns(self) -> Conversation:
+        asked = f"{self.instruction}\n\n{self.input}" if self.input.strip() else self.instruction
+        return Turn("user", asked), Turn("assistant", self.output)
+
+
+class _Message(_Form):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _Chat(_Form):
+    messages: list[_Message]
+
+    def turns(self) -> Conversation:
+        return tuple(Turn(message.role, message.content) for message in self.messages)
+
+
+class _PromptAndResponse(_Form):
+    prompt: str
+    response: str
+
+    def turns(self) -> Conversation:
+        return Turn("user", self.prompt), Turn("assistant", self.response)
+
+
+FORMS: dict[str, type[_Alpaca | _Chat | _PromptAndResponse]] = {
+    "messages": _Chat,
+    "instruction": _Alpaca,
+    "prompt": _PromptAndResponse,
+}
+"""The key by which each form is known."""
+
+
+def conversation(record: dict[str, Any]) -> Conversation:
+    """An Alpaca record, chat messages, or a prompt and its response, as turns.
+
+    Raises:
+        Malformed: if it is none of these, an answer is empty, or nobody answers.
+    """
+    known = next((form for key, form in FORMS.items() if key in record), None)
+    if known is None:
+        raise Malformed("missing field", f"none of {', '.join(FORMS)}")
+    turns = read_form(known, record).turns()
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if not answers:
+        raise Malformed("no assistant turn")
+    if any(not turn.content.strip() for turn in answers):
+        raise Malformed("empty answer")
+    return turns
+
+
+def read_form(form: type[FormOfRecord], record: dict[str, Any]) -> FormOfRecord:
+    """A record in a form.
+
+    Raises:
+        Malformed: names the first field that is missing or wrong.
+    """
+    try:
+        return form.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise Malformed("missing field", where) from None
+        raise Malformed("wrong field", f"{where}: {first['msg']}") from None
