@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from llmscale.artifacts import COMPLETE, checksum, mark_complete
-from llmscale.errors import StageError
 from llmscale.mirror import CHECKPOINTS, Mirror
 
 DAMAGED = "DAMAGED"
@@ -94,16 +93,6 @@ class StoredCheckpoints:
         complete = f"{self._folder(step)}/{COMPLETE}"
         self._storage.copy({complete: f"{self._folder(step)}/{DAMAGED}"})
         self._storage.remove([complete])
-
-    def require(self, step: int, target: Path) -> None:
-        """``fetch`` where another node found the checkpoint whole.
-
-        Raises:
-            StageError: if it is not so here.
-        """
-        wrong = self.fetch(step, target) and self.fetch(step, target)
-        if wrong is not None:
-            raise StageError(f"{self.place(step)}: {wrong}, though it held elsewhere; run it again")
 
     def _folder(self, step: int) -> str:
         return f"{self._stage}/{CHECKPOINTS}/step-{step:08d}"

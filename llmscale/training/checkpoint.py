@@ -168,35 +168,32 @@ class Checkpoints:
 
     def newest_whole(self) -> int | None:
         """The newest step whose checksums hold; a damaged one is named and passed over."""
-        found: list[int | None] = [None]
-        if dist.get_rank() == 0:
-            for step in reversed(self.steps()):
-                wrong = self._damage(step)
-                if wrong is None:
-                    found = [step]
-                    break
-                self._say(f"{self._place(step)}: {wrong}; using the one before")
+        known = [self.steps() if dist.get_rank() == 0 else []]
+        dist.broadcast_object_list(known)
+        for step in reversed(known[0]):
+            if self.whole(step, "; using the one before"):
+                return step
+            if dist.get_rank() == 0:
                 self._put_away(step)
-        dist.broadcast_object_list(found)
-        if found[0] is not None:
-            self._require_here(found[0])
-        return found[0]
+        return None
 
-    def _place(self, step: int) -> str:
-        return str(self.path(step)) if self._stored is None else self._stored.place(step)
+    def whole(self, step: int, then: str = "") -> bool:
+        """Whether a checkpoint is there and its checksums hold, on every node; else says why not.
 
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, which is on this node afterwards; not collective."""
-        if self._stored is None:
-            return damage(self.path(step))
-        return self._stored.fetch(step, self.path(step))
-
-    def _require_here(self, step: int) -> None:
-        """Fetches a checkpoint that rank 0 found whole to all other nodes."""
-        if self._stored is not None:
-            if self._first_here and dist.get_rank() != 0:
-                self._stored.require(step, self.path(step))
-            dist.barrier()
+        Args:
+            then: said after that.
+        """
+        own: str | None = None
+        if self._first_here:
+            path = self.path(step)
+            own = damage(path) if self._stored is None else self._stored.fetch(step, path)
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        wrong = next((found for found in everyone if found is not None), None)
+        if wrong is not None and dist.get_rank() == 0:
+            place = self.path(step) if self._stored is None else self._stored.place(step)
+            self._say(f"{place}: {wrong}{then}")
+        return wrong is None
 
     def _put_away(self, step: int) -> None:
         """Keeps a damaged checkpoint to look at, out of the way of those that count."""
@@ -206,19 +203,6 @@ class Checkpoints:
         away = self._folder / f"damaged-{step:08d}"
         shutil.rmtree(away, ignore_errors=True)
         self.path(step).rename(away)
-
-    def whole(self, step: int) -> bool:
-        """Whether a step's checkpoint is there and its checksums hold."""
-        answer: list[bool] = [False]
-        if dist.get_rank() == 0:
-            wrong = self._damage(step)
-            answer = [wrong is None]
-            if wrong is not None:
-                self._say(f"{self._place(step)}: {wrong}")
-        dist.broadcast_object_list(answer)
-        if answer[0]:
-            self._require_here(step)
-        return answer[0]
 
     def save(self, engine: MegatronEngine, state: TrainingState) -> None:
         """Writes a checkpoint; afterwards prunes all but the newest ``keep`` and the best."""

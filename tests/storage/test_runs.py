@@ -174,6 +174,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     url: str,
     local_run: Path,  # noqa: F811
     local_curve: Curve,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     put_tokens(local_run, url)
     llmscale(*CALL, "--run-dir", url)
@@ -182,6 +184,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     storage.write("pretrain/manifest.json", json.dumps({**manifest, "status": "failed"}).encode())
     folder = f"pretrain/checkpoints/step-{newest:08d}"
     storage.write(f"{folder}/state.json", b"{}")
+    monkeypatch.setenv("LLMSCALE_CACHE", str(tmp_path / "another machine"))
     llmscale(*CALL, "--run-dir", url)
     log = (storage.read("pretrain/logs/rank-00000.log") or b"").decode()
     wrong = f"{url}/{folder}: the checksum of state.json does not hold; using the one before"

@@ -99,9 +99,12 @@ def here(job: Job) -> Job:
 
 
 def _own_code(job: Job) -> dict[str, str]:
-    """The run's copy of the package, where each node has one of its own."""
+    """The run's copy of the package, where each node has one of its own, before what was there."""
     code = code_of(RunFolder(job.run_folder))
-    return {"PYTHONPATH": str(code)} if job.url is not None and code is not None else {}
+    if job.url is None or code is None:
+        return {}
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(code), *([before] if before else [])])}
 
 
 def interface_of(address: str) -> str | None:
