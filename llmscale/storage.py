@@ -188,6 +188,7 @@ class Storage:
                 if isinstance(error, LASTING) or _lacks_credentials(error):
                     raise self._refusal(error) from None
                 if waited + pause > self._patience:
+                    self._patience = 0.0  # what is left to do on the way out is tried once
                     raise StageError(
                         f"{self.url}: cannot be reached ({cause(error)}), tried for {waited:.0f} "
                         "s; run the same command again when it can"

@@ -44,7 +44,8 @@ def put_tokens(local_run: Path, url: str) -> None:
     for name in ("corpus", "tokenizer", "pretrain"):
         shutil.copytree(local_run / name, folder / name, ignore=ignored)
     file = folder / "pretrain" / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "interrupted"}))
+    begun = {**json.loads(file.read_text()), "status": "interrupted", "metrics": {}}
+    file.write_text(json.dumps(begun))
     from llmscale.mirror import Mirror
 
     mirror = Mirror.of(folder)

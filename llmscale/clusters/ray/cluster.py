@@ -157,7 +157,7 @@ class RayCluster:
             if (end := self._not_started(job, starts)) is not None:
                 return end
             ranks = self._follow(seats, room)
-            unsent = self._send(job, seats)
+            unsent = self._send(job, ranks)
         end = self._end(job, folder, ranks)
         return end if unsent is None or end.line != FINISHED else unsent
 
@@ -169,16 +169,18 @@ class RayCluster:
         firsts = [seat for seat in seats if seat.local_rank == 0]
         return self._not_started(job, {s.actor.fetch.remote(job.to_json()): s for s in firsts})
 
-    def _send(self, job: Job, seats: Sequence[Seat]) -> End | None:
+    def _send(self, job: Job, ranks: _Ranks) -> End | None:
         """Gets what the nodes wrote to the URL, and what is told of it to this folder.
+
+        Where all ranks did well, so must every node here: else what it wrote would be missed.
 
         Returns:
             what kept nodes from it, if anything did.
         """
         if job.url is None:
             return None
-        firsts = [seat for seat in seats if seat.local_rank == 0]
-        gone = lost_nodes(firsts)
+        firsts = [seat for seat in ranks.seats if seat.local_rank == 0]
+        gone = lost_nodes(firsts) if ranks.failed or ranks.silent else []
         sent = {seat.actor.send.remote(): seat for seat in firsts if seat.node not in gone}
         unsent = None
         for reference, seat in sent.items():

@@ -47,10 +47,13 @@ def test_nodes_with_caches_of_their_own_train_as_local_ranks_do_and_get_over_a_l
     assert curve_at(url) == local_curve
     manifest = manifest_at(url)
     assert manifest["status"] == "finished"
+    assert manifest["metrics"]["steps"] == len(local_curve)
     assert {"hf", "logs", "metrics.jsonl", "checkpoints"} <= set(manifest["outputs"])
     names = Storage(url).versions("pretrain")
     assert {"pretrain/logs/rank-00000.log", "pretrain/logs/rank-00001.log"} <= set(names)
     assert "pretrain/hf/model.safetensors" in names
     caches = [cluster.folder / worker / "cache" / "runs" for worker in cluster.workers]
-    assert all(list(cache.glob("*/pretrain/checkpoints/step-*/COMPLETE")) for cache in caches)
+    newest = f"*/pretrain/checkpoints/step-{len(local_curve):08d}/__*"
+    ranks = [{file.name.split("_")[2] for file in cache.glob(newest)} for cache in caches]
+    assert sorted(map(sorted, ranks)) == [["0"], ["1"]]
     assert "secret-of-the-test" not in said
