@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmscale.artifacts import COMPLETE
-from llmscale.mirror import cached
+from llmscale.mirror import Mirror, cached
 from llmscale.storage import Storage
 from tests.cluster.runs import ON_ONE, SMALL, UP_TO_TRAINING, Curve
 from tests.conftest import QUICKSTART, ROOT
@@ -46,8 +46,6 @@ def put_tokens(local_run: Path, url: str) -> None:
     file = folder / "pretrain" / "manifest.json"
     begun = {**json.loads(file.read_text()), "status": "interrupted", "metrics": {}}
     file.write_text(json.dumps(begun))
-    from llmscale.mirror import Mirror
-
     mirror = Mirror.of(folder)
     assert mirror is not None
     mirror.push("corpus", "tokenizer", "pretrain")
