@@ -10,15 +10,19 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llmscale.holder import Holder
+from llmscale.lease import Lease
 from llmscale.lock import FolderLock
+from llmscale.mirror import Mirror
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
@@ -231,8 +235,37 @@ class RunFolder:
         """The run folder of a sweep's member."""
         return RunFolder(self.path / "sweep" / number)
 
-    def set_aside(self, name: str) -> Path:
+    @cached_property
+    def mirror(self) -> Mirror | None:
+        """What keeps this folder like the URL the run is at; None of a run that is at a path."""
+        return Mirror.of(self.path)
+
+    @property
+    def place(self) -> str:
+        """Where the run is for its user: the URL, or the path."""
+        return str(self.path) if self.mirror is None else self.mirror.url
+
+    @property
+    def full_place(self) -> str:
+        """The same, from wherever it is asked for: the URL, or the absolute path."""
+        return str(self.path.absolute()) if self.mirror is None else self.mirror.url
+
+    def push(self, *scopes: str) -> None:
+        """Sends what was written in some files and folders to the URL, if the run is at one."""
+        if self.mirror is not None:
+            self.mirror.push(*scopes)
+
+    def pull(self, *scopes: str) -> None:
+        """Makes some files and folders what they are at the URL, if the run is at one."""
+        if self.mirror is not None:
+            self.mirror.pull(*scopes)
+
+    def set_aside(self, name: str) -> Path | str:
         """Moves a stage's outdated folder out of the way, keeping it."""
+        if self.mirror is not None:
+            kept = self.mirror.set_aside(name)
+            shutil.rmtree(self.stage(name).path, ignore_errors=True)
+            return kept
         superseded = self.path / "superseded"
         superseded.mkdir(exist_ok=True)
         targets = (superseded / f"{name}-{number}" for number in itertools.count(1))
@@ -253,7 +286,10 @@ class RunFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with FolderLock(self.path).held():
+        with ExitStack() as stack:
+            stack.enter_context(FolderLock(self.path).held())
+            if self.mirror is not None:
+                stack.enter_context(Lease(self.mirror.url, _say).held())
             self._locked = True
             try:
                 yield
@@ -262,4 +298,10 @@ class RunFolder:
 
     def holder(self) -> Holder | None:
         """Who runs in this folder now; None if nobody does."""
+        if self.mirror is not None:
+            return Lease(self.mirror.url, _say).holder()
         return FolderLock(self.path).holder()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -32,7 +32,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace its own.")
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The folder or URL of a run.")]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or RUN_DIR:STAGE.")
 ]
@@ -46,7 +46,7 @@ def run(
     overrides: Overrides = None,
     on: Annotated[str | None, typer.Option(help="local, slurm or ray.")] = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster: http://HEAD:8265.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/NAME.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Or a URL. Default: runs/NAME.")] = None,
     stages: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Go on in the background.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start the stages over.")] = False,
@@ -255,8 +255,10 @@ def report(run_dir: RunDir, as_json: Json = False) -> None:
     from llmscale import runs
     from llmscale.report.report import write_report
 
-    file = write_report(runs.open_run(run_dir))
-    _answer(as_json, {"report": str(file)}, f"wrote {file}")
+    folder = runs.open_run(run_dir)
+    file = write_report(folder).name
+    folder.push(file)
+    _answer(as_json, {"report": f"{folder.place}/{file}"}, f"wrote {folder.place}/{file}")
 
 
 @app.command()

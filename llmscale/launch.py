@@ -9,18 +9,22 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from llmscale.artifacts import RunFolder
+from llmscale.artifacts import MANIFEST, RunFolder
+from llmscale.clusters.base import Cluster
+from llmscale.clusters.carried import CarryingCluster
 from llmscale.clusters.local import LocalCluster
 from llmscale.clusters.ray.connection import own_submission
 from llmscale.clusters.slurm.allocation import Allocation
 from llmscale.display import ConsoleDisplay
-from llmscale.errors import RecipeError
+from llmscale.errors import RecipeError, StageError
+from llmscale.mirror import opened
 from llmscale.pipeline import Pipeline
 from llmscale.rank import run_rank
 from llmscale.recipe.recipe import Recipe, load_recipe, read_resolved
+from llmscale.storage import is_url, plain_path, safe_url
 
-RUNS = Path(os.environ.get("LLMSCALE_RUNS", "runs"))
-"""Where runs are that were not told a folder."""
+RUNS = os.environ.get("LLMSCALE_RUNS", "runs")
+"""Where runs are that were not told a folder: a path or a URL."""
 DASHBOARD = ("http://", "https://")
 
 
@@ -59,7 +63,9 @@ class Request:
     def pipeline(self, console: Console | None = None) -> Pipeline:
         """The run's stages, on this machine."""
         display = ConsoleDisplay(console or Console(quiet=True), self.folder)
-        cluster = LocalCluster(run_rank, display.tick)
+        cluster: Cluster = LocalCluster(run_rank, display.tick)
+        if self.folder.mirror is not None:
+            cluster = CarryingCluster(cluster)
         return Pipeline(self.recipe, self.folder, cluster, display)
 
     def finished(self, stages: Sequence[str] | None) -> bool:
@@ -78,7 +84,7 @@ class Request:
             for plan in pipeline.plans(self.stages)
             for task in pipeline.tasks_of(plan.name, self.stages)
         ]
-        return {"run": str(self.folder.path), "on": self.recipe.cluster.on, "tasks": tasks}
+        return {"run": self.folder.place, "on": self.recipe.cluster.on, "tasks": tasks}
 
 
 def launch(
@@ -87,7 +93,7 @@ def launch(
     *,
     on: str | None,
     address: str | None,
-    run_dir: Path | None,
+    run_dir: str | None,
     stages: Sequence[str] | None,
     fresh: bool,
 ) -> Launch:
@@ -110,13 +116,11 @@ def launch(
 
     def read(more: Sequence[str] = ()) -> Request:
         loaded = load_recipe(recipe, [*overrides, *where, *more])
-        path = run_dir or RUNS / loaded.name
-        if path.exists() and not path.is_dir():
-            raise RecipeError(f"{path}: is a file; choose another --run-dir")
-        return Request(loaded, RunFolder(path), stages, fresh)
+        return Request(loaded, _run_folder(place or f"{RUNS}/{loaded.name}", loaded), stages, fresh)
 
+    place = run_dir
     allocation = Allocation.own()
-    begun = begun_by(allocation, run_dir) if allocation is not None else None
+    begun = begun_by(allocation, place) if allocation is not None else None
     nodes_told = any(override.startswith(("cluster.nodes=", "cluster=")) for override in overrides)
     if begun is not None:
         request = Request(read_resolved(begun.recipe_file), begun, stages)
@@ -136,12 +140,39 @@ def launch(
             return SlurmLaunch(request)
         case "ray" if address is not None:
             return RayJobLaunch(
-                request, address, named_folder=run_dir is not None or RUNS.is_absolute()
+                request, address, named_folder=place is not None or is_url(RUNS) or RUNS[:1] == "/"
             )
         case "ray":
             return RayLaunch(request)
         case _:
             return LocalLaunch(request)
+
+
+def _run_folder(place: str, recipe: Recipe) -> RunFolder:
+    """The folder of a run that is at a path or a URL, which has answered.
+
+    Raises:
+        RecipeError: if such a run cannot be there.
+        MachineError: if the storage does not answer, or refuses.
+    """
+    if not is_url(place):
+        path = plain_path(place)
+        if path.exists() and not path.is_dir():
+            raise RecipeError(f"{path}: is a file; choose another --run-dir")
+        return RunFolder(path)
+    url = safe_url(place)
+    if recipe.cluster.on == "slurm":
+        raise RecipeError(
+            f"{url}: on SLURM a run is in a folder that all nodes share; give its path by --run-dir"
+        )
+    if recipe.sweep:
+        raise RecipeError(
+            f"{url}: a sweep is in a folder that its members share; give a path by --run-dir, or "
+            "run a recipe without sweep"
+        )
+    folder = RunFolder(opened(url))
+    folder.pull(*(f"{name}/{MANIFEST}" for name in recipe.order()), "ray/job.json", "history.jsonl")
+    return folder
 
 
 def _require_dashboard(address: str, on: str) -> None:
@@ -164,14 +195,16 @@ def run_pipeline(pipeline: Pipeline, request: Request, console: Console) -> dict
         if isinstance(pipeline.display, ConsoleDisplay):
             pipeline.display.stop()
         if request.folder.recipe_file.exists():
-            with suppress(OSError):
+            with suppress(OSError, StageError):
                 write_report(request.folder)
+                request.folder.push(request.folder.report_file.name)
     return answer(request, console)
 
 
 def answer(request: Request, console: Console) -> dict[str, Any]:
     """Says where the report is, and gives what ``run --json`` prints."""
     folder = request.folder
-    console.print(f"report: {folder.report_file}", markup=False)
+    report = f"{folder.place}/{folder.report_file.name}"
+    console.print(f"report: {report}", markup=False)
     metrics = {n: folder.stage(n).manifest().get("metrics", {}) for n in request.recipe.stages}
-    return {"run": str(folder.path), "report": str(folder.report_file), "metrics": metrics}
+    return {"run": folder.place, "report": report, "metrics": metrics}

@@ -76,12 +76,12 @@ def detach(request: Request) -> tuple[dict[str, Any], str]:
     folder, stages = request.folder, request.stages
     holder = folder.holder()
     if holder is not None:
-        raise RecipeError(f"{folder.path}: {holder} is running in this folder")
+        raise RecipeError(f"{folder.place}: {holder} is running in this folder")
     folder.path.mkdir(parents=True, exist_ok=True)
     submitted = folder.path.absolute() / "submitted.yaml"
     write_text(submitted, request.recipe.to_yaml())
     command = [sys.executable, "-m", "llmscale", "run", str(submitted)]
-    command += ["--run-dir", str(folder.path.absolute())]
+    command += ["--run-dir", folder.full_place]
     command += ["--stages", ",".join(stages)] if stages else []
     command += ["--fresh"] if request.fresh else []
     log = folder.path / "launcher.log"
@@ -93,7 +93,7 @@ def detach(request: Request) -> tuple[dict[str, Any], str]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    run = str(folder.path)
+    run = folder.place
     answer = {"run": run, "process": process.pid, "log": str(log)}
     return answer, f"running in {run}; see llmscale status {run}"
 

@@ -113,8 +113,8 @@ class RayJobLaunch:
 
     def detach(self) -> tuple[dict[str, Any], str]:
         """Submits the job, unless it is there already."""
-        job, folder = self._job(), self.request.folder.path
-        answer = {"run": str(folder), "jobs": [job.job]}
+        job, folder = self._job(), self.request.folder.place
+        answer = {"run": folder, "jobs": [job.job]}
         return answer, f"submitted as Ray job {job.job}; see llmscale status {folder}"
 
     def run(self, console: Console) -> dict[str, Any]:
@@ -126,10 +126,10 @@ class RayJobLaunch:
         except KeyboardInterrupt:
             raise Interrupted(
                 f"the run goes on as Ray job {job.job}; to come back, run the same command, or "
-                f"llmscale logs {folder.path} --follow; to end it, llmscale cancel {folder.path}"
+                f"llmscale logs {folder.place} --follow; to end it, llmscale cancel {folder.place}"
             ) from None
         _require_success(job, said)
-        return {"run": str(folder.path), "jobs": [job.job]}
+        return {"run": folder.place, "jobs": [job.job]}
 
     def _job(self) -> RayJob:
         """The run's job: the one that lives, or a new one.
@@ -148,6 +148,7 @@ class RayJobLaunch:
         with folder.locked():
             require_no_live_jobs(folder)
             write_text(folder.recipe_file, recipe.to_yaml())
+            folder.push(folder.recipe_file.name)
             job = new_job(recipe.name, self.address)
             note_job(folder, job)
         submit(job, recipe.to_yaml(), self._options(folder))
@@ -157,7 +158,7 @@ class RayJobLaunch:
         folder, recipe = self.request.folder, self.request.recipe
         if folder.recipe_file.read_text(encoding="utf-8") != recipe.to_yaml():
             raise RecipeError(
-                f"{folder.path}: Ray job {job.job} runs another recipe in this folder; wait "
+                f"{folder.place}: Ray job {job.job} runs another recipe in this folder; wait "
                 "for it, llmscale cancel it, or choose another --run-dir"
             )
 
@@ -165,7 +166,7 @@ class RayJobLaunch:
         stages = self.request.stages
         return [
             "--on=ray",
-            *([f"--run-dir={folder.path.absolute()}"] if self.named_folder else []),
+            *([f"--run-dir={folder.full_place}"] if self.named_folder else []),
             *([f"--stages={','.join(stages)}"] if stages else []),
             *(["--fresh"] if self.request.fresh else []),
         ]

@@ -34,6 +34,7 @@ from llmscale.pipeline import Pipeline
 from llmscale.recipe.recipe import read_resolved
 from llmscale.runs import require_no_live_jobs
 from llmscale.status import members
+from llmscale.storage import plain_path
 from llmscale.sweeps import Sweep, dry_run, run_sweep
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -153,7 +154,7 @@ def request_in_job(allocation: Allocation, read: Callable[[Sequence[str]], Reque
         raise RecipeError(f"{error}; or give the job --nodes={needed}") from None
 
 
-def begun_by(allocation: Allocation, run_dir: Path | None) -> RunFolder | None:
+def begun_by(allocation: Allocation, run_dir: str | None) -> RunFolder | None:
     """The run folder that an earlier start of this job began in; None at its first start.
 
     Args:
@@ -161,7 +162,7 @@ def begun_by(allocation: Allocation, run_dir: Path | None) -> RunFolder | None:
     """
     if not allocation.starts_before:
         return None
-    for path in [run_dir] if run_dir else sorted(RUNS.glob("*")):
+    for path in [plain_path(run_dir)] if run_dir else sorted(Path(RUNS).glob("*")):
         folder = RunFolder(path)
         if allocation.job in [entry.job for entry in submitted_jobs(folder)]:
             return folder

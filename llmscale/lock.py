@@ -28,7 +28,7 @@ STALE_SECONDS = 60.0
 POLL_SECONDS = 0.01
 
 
-def _stop(line: str) -> None:
+def stop_own_process(line: str) -> None:
     """Asks the own process to save and stop."""
     with suppress(OSError):  # nobody may read it any more
         sys.stderr.write(line + "\n")
@@ -45,7 +45,7 @@ class FolderLock:
             for so long that it looked dead.
     """
 
-    def __init__(self, folder: Path, on_loss: Callable[[str], None] = _stop) -> None:
+    def __init__(self, folder: Path, on_loss: Callable[[str], None] = stop_own_process) -> None:
         self.folder = folder
         self.place = folder / ".holder"
         self._on_loss = on_loss

@@ -13,7 +13,7 @@ from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Generation, generate
 from llmscale.recipe.explain import explain
 from llmscale.recipe.recipe import read_resolved
-from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
 
 
 def generate_text(model: str, prompt: str, settings: Mapping[str, Any], seed: int) -> str:
@@ -87,7 +87,7 @@ def export(run_stage: str, target: Path) -> dict[str, Any]:
     """
     _new(target)
     parts = runs.split_model(run_stage)
-    folder = runs.open_run(parts[0] if parts else Path(run_stage))
+    folder = runs.open_run(parts[0] if parts else run_stage)
     recipe = read_resolved(folder.recipe_file)
     trained = [name for name, stage in recipe.stages.items() if isinstance(stage, Pretrain)]
     name = parts[1] if parts else (trained[-1] if trained else "")
@@ -95,6 +95,10 @@ def export(run_stage: str, target: Path) -> dict[str, Any]:
     if not isinstance(stage, Pretrain):
         known = ", ".join(trained) or "none"
         raise RecipeError(f"{run_stage}: {name!r} is no training stage; there are: {known}")
+    inputs = stage.linked(recipe.stages)
+    if "tokenizer" in inputs:
+        folder.pull(f"{inputs['tokenizer']}/{recipe.stages[inputs['tokenizer']].product}")
+    folder.pull(f"{name}/{ABOUT_TOKENS}")
     import llmscale.quiet  # noqa: F401
     from llmscale.rank import input_folders
     from llmscale.stages.pretrain_rank import export_at_one_rank

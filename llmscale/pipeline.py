@@ -8,7 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
-from llmscale.artifacts import RunFolder, folder_fingerprint, now, remove_leftovers, write_text
+from llmscale.artifacts import (
+    MANIFEST,
+    RunFolder,
+    folder_fingerprint,
+    now,
+    remove_leftovers,
+    write_text,
+)
 from llmscale.clusters.base import Cluster, Job, Task
 from llmscale.errors import Interrupted, LlmscaleError, RecipeError
 from llmscale.recipe.recipe import Recipe
@@ -72,6 +79,8 @@ class Pipeline:
         self._require_inputs(chosen)
         with self.folder.locked():
             write_text(self.folder.recipe_file, self.recipe.to_yaml())
+            self.folder.push(self.folder.recipe_file.name)
+            self.folder.pull(*(f"{name}/{MANIFEST}" for name in self.recipe.order()))
             if fresh:
                 self.set_aside(chosen)
             for name in chosen:
@@ -92,7 +101,7 @@ class Pipeline:
         """
         self._require_inputs(self.chosen(only))
         return [
-            Job(self.folder.path.absolute(), plan.name, task)
+            self._job(plan.name, task)
             for plan in self.plans(only)
             if plan.action != "skip"
             for task in self.tasks_of(plan.name, only)
@@ -189,21 +198,38 @@ class Pipeline:
             error=None,
             versions=_versions(),
         )
+        manifest = f"{name}/{MANIFEST}"
+        self.folder.push(manifest)
         try:
             for task in tasks:
                 folder.progress_file.unlink(missing_ok=True)
                 self.display.stage_started(name, task.name, task.ranks)
-                self.cluster.run(Job(self.folder.path.absolute(), name, task))
+                self.cluster.run(self._job(name, task))
         except LlmscaleError as error:
             status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            with suppress(OSError):  # on a full disk, the error itself matters more
+            with suppress(OSError, LlmscaleError):  # on a full disk, the error itself matters more
                 folder.update_manifest(status=status, error=str(error))
+                self.folder.push(manifest)
             raise
         if tasks[-1] != stage.tasks(self.recipe.cluster)[-1]:
             return
-        outputs = sorted(p.name for p in folder.path.iterdir() if not p.name.startswith("."))
-        folder.update_manifest(status="finished", finished=now(), outputs=outputs)
+        folder.update_manifest(status="finished", finished=now(), outputs=self._outputs(name))
+        self.folder.push(manifest)
         self.display.stage_finished(name, folder.manifest().get("metrics", {}))
+
+    def _job(self, name: str, task: Task) -> Job:
+        folder, stages = self.folder, self.recipe.stages
+        linked = stages[name].linked(stages).values()
+        reads = tuple(f"{needed}/{stages[needed].product}".rstrip("/") for needed in linked)
+        url = None if folder.mirror is None else folder.mirror.url
+        return Job(folder.path.absolute(), name, task, url, reads)
+
+    def _outputs(self, name: str) -> list[str]:
+        """What the stage's folder holds; at a URL, all of what its nodes have sent there."""
+        if self.folder.mirror is not None:
+            return self.folder.mirror.parts(name)
+        files = self.folder.stage(name).path.iterdir()
+        return sorted(file.name for file in files if not file.name.startswith("."))
 
 
 def _versions() -> dict[str, str]:

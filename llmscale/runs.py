@@ -19,22 +19,48 @@ from llmscale.clusters.slurm import commands
 from llmscale.clusters.slurm.commands import JobState
 from llmscale.clusters.slurm.jobs import live_jobs, submitted_jobs
 from llmscale.errors import MachineError, RecipeError
+from llmscale.mirror import opened, told_files
 from llmscale.recipe.recipe import read_resolved
 from llmscale.settings import choices
+from llmscale.storage import is_url, plain_path
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
-def open_run(path: Path) -> RunFolder:
-    """The run folder at a path.
+def open_run(place: str) -> RunFolder:
+    """The run folder at a path; of one at a URL, a copy of what is told of it.
 
     Raises:
         RecipeError: if there is none.
+        MachineError: if a URL's storage does not answer, or refuses.
     """
+    if is_url(place):
+        return _viewed(place)
+    path = plain_path(place)
     if not (path / "recipe.yaml").is_file():
         raise RecipeError(f"{path}: is no run folder (no recipe.yaml); give the --run-dir of a run")
     return RunFolder(path)
+
+
+def _viewed(url: str) -> RunFolder:
+    folder = RunFolder(opened(url, "views"))
+    if not folder.recipe_file.is_file():
+        raise RecipeError(f"{url}: is no run folder (no recipe.yaml); give the --run-dir of a run")
+    refresh(folder)
+    return folder
+
+
+def refresh(folder: RunFolder) -> None:
+    """Brings a copy of what is told of a run at a URL up to date.
+
+    Raises:
+        StageError: if the storage cannot be reached, or refuses.
+    """
+    if folder.mirror is not None:
+        stages = read_resolved(folder.recipe_file).order()
+        told = [scope for name in stages for scope in told_files(name)]
+        folder.pull("history.jsonl", "ray/job.json", *told)
 
 
 def known_live_jobs(folder: RunFolder) -> dict[str, JobState]:
@@ -68,13 +94,13 @@ def require_no_live_jobs(folder: RunFolder) -> None:
     ray_job = known_ray_job(folder)
     if ray_job is not None and ray_job.live and ray_job.job != own_submission():
         raise RecipeError(
-            f"{folder.path}: {ray_job} is in this folder; wait for it, llmscale cancel it, or "
+            f"{folder.place}: {ray_job} is in this folder; wait for it, llmscale cancel it, or "
             "choose another --run-dir"
         )
     live = known_live_jobs(folder)
     if jobs := [job for job, state in live.items() if state.state != "COMPLETING"]:
         raise RecipeError(
-            f"{folder.path}: job {', '.join(jobs)} is in SLURM's queue for this folder; wait for "
+            f"{folder.place}: job {', '.join(jobs)} is in SLURM's queue for this folder; wait for "
             "it, llmscale cancel it, or choose another --run-dir"
         )
 
@@ -91,8 +117,11 @@ class Activity:
         if time.monotonic() - self._asked > SECONDS_BETWEEN_QUESTIONS:
             jobs, ray_job = known_live_jobs(self._folder), known_ray_job(self._folder)
             self._jobs = bool(jobs) or (ray_job is not None and ray_job.live)
+            if self._folder.mirror is not None:
+                self._jobs = self._folder.holder() is not None or self._jobs
+                refresh(self._folder)
             self._asked = time.monotonic()
-        return self._jobs or self._folder.holder() is not None
+        return self._jobs or (self._folder.mirror is None and self._folder.holder() is not None)
 
 
 def begun_stages(folder: RunFolder) -> list[str]:
@@ -119,7 +148,7 @@ def latest_stage(folder: RunFolder) -> str:
         if read_resolved(folder.recipe_file).sweep:
             jobs.append(f"give a member's folder, like {folder.member('000').path}")
         raise RecipeError(
-            f"{folder.path}: no stage has begun" + "".join(f"; {job}" for job in jobs)
+            f"{folder.place}: no stage has begun" + "".join(f"; {job}" for job in jobs)
         )
     return begun[-1]
 
@@ -196,7 +225,7 @@ def cancel(folder: RunFolder) -> str:
     if holder is None:
         return "nothing runs in this folder"
     if not holder.is_here():
-        raise RecipeError(f"{folder.path}: {holder} runs it; cancel it there")
+        raise RecipeError(f"{folder.place}: {holder} runs it; cancel it there")
     os.kill(holder.process, signal.SIGTERM)
     return f"asked {holder} to save and stop"
 
@@ -232,12 +261,20 @@ def _folded(jobs: Iterable[str]) -> list[str]:
     ]
 
 
-def split_model(model: str) -> tuple[Path, str] | None:
-    """``RUN_DIR:STAGE`` as its parts; None where the text is a folder's path."""
+def split_model(model: str) -> tuple[str, str] | None:
+    """``RUN_DIR:STAGE`` as its parts; None where the text is a folder's path, or a URL alone."""
     run, colon, stage = model.rpartition(":")
-    if colon and run and (Path(run) / "recipe.yaml").is_file():
-        return Path(run), stage
+    if is_url(model):
+        return (run, stage) if is_url(run) and "/" not in stage else None
+    if colon and run and (plain_path(run) / "recipe.yaml").is_file():
+        return run, stage
     return None
+
+
+def _exported(run: str, stage: str) -> Path:
+    folder = open_run(run)
+    folder.pull(f"{stage}/hf")
+    return folder.stage(stage).hf
 
 
 def model_folder(model: str) -> Path:
@@ -247,7 +284,9 @@ def model_folder(model: str) -> Path:
         RecipeError: if there is none.
     """
     parts = split_model(model)
-    folder = Path(model) if parts is None else open_run(parts[0]).stage(parts[1]).hf
+    if parts is None and is_url(model):
+        raise RecipeError(f"{model}: names no stage; give URL:STAGE")
+    folder = plain_path(model) if parts is None else _exported(*parts)
     if not (folder / "config.json").is_file():
         if parts is None:
             raise RecipeError(

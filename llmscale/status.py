@@ -32,7 +32,7 @@ def status(folder: RunFolder) -> dict[str, Any]:
         running = str(ray_job)
     live = bool(jobs) or (ray_job is not None and ray_job.live)
     return {
-        "run": str(folder.path),
+        "run": folder.place,
         "recipe": recipe.name,
         "running": running or (None if holder is None else str(holder)),
         "jobs": told,

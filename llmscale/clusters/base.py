@@ -50,11 +50,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """A task of a stage of a run: all that a rank has to be told."""
+    """A task of a stage of a run: all that a rank has to be told.
+
+    Attributes:
+        url: where the run is, if it is at one; ``run_folder`` is this machine's cache of it then.
+        reads: the parts of the run folder, beside the stage's own, that the task reads.
+    """
 
     run_folder: Path
     stage: str
     task: Task
+    url: str | None = None
+    reads: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The job in one line, for another process."""
@@ -65,7 +72,8 @@ class Job:
         """What ``to_json`` wrote."""
         written = json.loads(text)
         task = {**written["task"], "fewer": tuple(written["task"]["fewer"])}
-        return Job(Path(written["run_folder"]), written["stage"], Task(**task))
+        folder, reads = Path(written["run_folder"]), tuple(written["reads"])
+        return Job(folder, written["stage"], Task(**task), written["url"], reads)
 
 
 class Cluster(Protocol):

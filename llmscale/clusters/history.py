@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmscale.artifacts import StageFolder, now
+from llmscale.artifacts import RunFolder, StageFolder, now
 from llmscale.clusters.failures import Failure
 from llmscale.errors import Interrupted, MachineError, StageError
+from llmscale.stored import stored_checkpoints
 
 FAILURES_OF_A_BAD_NODE = 2
 FINISHED = "finished"
@@ -57,6 +58,7 @@ class History:
     """``RUN_DIR/history.jsonl``: written by one launcher at a time, read by anybody."""
 
     def __init__(self, run_folder: Path) -> None:
+        self._folder = RunFolder(run_folder)
         self.file = run_folder / "history.jsonl"
 
     def entries(self) -> list[dict[str, Any]]:
@@ -77,6 +79,7 @@ class History:
             lines.write(json.dumps({"time": now(), **entry}) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
+        self._folder.push(self.file.name)
 
     def _cut_off(self) -> bool:
         """Whether the last line is a part of one, as a power cut may leave it."""
@@ -137,6 +140,9 @@ class History:
 
 def progress_mark(folder: StageFolder) -> str:
     """The newest checkpoint of a stage, by name; empty before the first."""
+    stored = stored_checkpoints(folder.path)
+    if stored is not None:
+        return f"step-{steps[-1]:08d}" if (steps := stored.steps()) else ""
     if not folder.checkpoints.is_dir():
         return ""
     return max((path.name for path in folder.checkpoints.glob("step-*")), default="")

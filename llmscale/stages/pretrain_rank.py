@@ -8,6 +8,7 @@ import torch.distributed as dist
 from llmscale.artifacts import StageFolder, publish_folder, read_json, write_json
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
+from llmscale.mirror import Mirror
 from llmscale.models.huggingface import HuggingFaceWeights, export, fill
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.probes import require_precision
@@ -16,7 +17,7 @@ from llmscale.stages.base import Workspace
 from llmscale.stages.imported import is_import, load_imported
 from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
 from llmscale.stages.tokens import training_data, validation_data
-from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState
+from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState, first_of_folder
 from llmscale.training.log import TrainingLog
 from llmscale.training.loop import Trainer
 from llmscale.training.megatron_engine import MegatronEngine
@@ -141,7 +142,10 @@ def export_best(
         best = state.step
     if best != state.step:
         checkpoints.load_weights(engine, best)
-    export_folder(engine, workspace.folder.hf, workspace.inputs["tokenizer"])
+    if dist.get_rank() == 0 and (mirror := Mirror.of(workspace.folder.path.parent)) is not None:
+        mirror.clear(f"{workspace.folder.path.name}/{workspace.folder.hf.name}")
+    first_here = first_of_folder(workspace.folder.path)
+    export_folder(engine, workspace.folder.hf, workspace.inputs["tokenizer"], first_here)
     if dist.get_rank() == 0:
         workspace.folder.add_metrics(
             steps=state.step,
@@ -152,20 +156,27 @@ def export_best(
         )
 
 
-def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path) -> None:
-    """Writes a Hugging Face folder with its tokenizer, whole or not at all; collective."""
+def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path, first_here: bool) -> None:
+    """Writes a Hugging Face folder with its tokenizer, whole or not at all; collective.
+
+    Args:
+        first_here: whether this rank is the first of those that see the folder; where they see
+            different ones, each gets what its ranks write.
+    """
     beside = target.with_name(f".{target.name}.partial")
-    if dist.get_rank() == 0:
+    if first_here:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
+    if dist.get_rank() == 0:
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copy(tokenizer / name, beside / name)
     dist.barrier()
     export(engine.chunks, engine.architecture, engine.vocabulary, beside)
-    if dist.get_rank() == 0:
-        if engine.architecture.decoders:
-            _name_special_tokens(beside)
+    if dist.get_rank() == 0 and engine.architecture.decoders:
+        _name_special_tokens(beside)
+    dist.barrier()
+    if first_here:
         publish_folder(beside, target)
     dist.barrier()
 
@@ -205,5 +216,5 @@ def export_at_one_rank(
             stage.architecture(), vocabulary, Layout(), stage.optimizer, precision=stage.precision
         )
         checkpoints.load_weights(engine, best)
-        export_folder(engine, target, tokenizer)
+        export_folder(engine, target, tokenizer, first_here=True)
         return best

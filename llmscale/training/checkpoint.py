@@ -1,9 +1,12 @@
 """Checkpoints: sharded, loadable at any other layout, whole or not there at all.
 
 A checkpoint is written beside its place by all ranks, sealed by ``COMPLETE`` with every
-file's checksum, and renamed. Loading takes the newest one whose checksums hold.
+file's checksum, and renamed. Loading takes the newest one whose checksums hold. Where the run
+is at a URL (stored.py), its storage has the checkpoints, and each node a cache of them: a rank
+uploads what it wrote, and the first rank of each node fetches what the node lacks.
 """
 
+import os
 import queue
 import shutil
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import torch as strategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from llmscale.artifacts import (
+    COMPLETE,
     checksum,
     damage,
     mark_complete,
@@ -30,6 +34,7 @@ from llmscale.artifacts import (
     write_json,
 )
 from llmscale.models.megatron import inner_model
+from llmscale.stored import StoredCheckpoints, stored_checkpoints
 from llmscale.training.adam_state import separate_step_counts
 from llmscale.training.megatron_engine import MegatronEngine
 
@@ -90,11 +95,22 @@ class _ThreadedWriter(FileSystemWriterAsync):
 class _Saving:
     """A checkpoint on its way: planned, its local files being written, not yet sealed."""
 
-    def __init__(self, request: Any, beside: Path, target: Path, state: TrainingState) -> None:
+    def __init__(
+        self,
+        request: Any,
+        beside: Path,
+        target: Path,
+        state: TrainingState,
+        upload: Callable[[], None],
+    ) -> None:
         self.beside, self.target, self.state = beside, target, state
         self._request = request
         self._pool = ThreadPoolExecutor(1)
-        self._writing = self._pool.submit(request.async_fn, *request.async_fn_args)
+        self._writing = self._pool.submit(self._write, upload)
+
+    def _write(self, upload: Callable[[], None]) -> None:
+        self._request.async_fn(*self._request.async_fn_args)
+        upload()
 
     def written(self) -> bool:
         """Whether every rank has written its files; collective."""
@@ -110,6 +126,21 @@ class _Saving:
             finalize()
 
 
+def _own_files(folder: Path, rank: int) -> list[Path]:
+    """What a rank wrote of a checkpoint."""
+    return sorted(folder.glob(f"__{rank}_*"))
+
+
+def first_of_folder(stage: Path) -> bool:
+    """Whether this rank is the first of those that see this very folder of a stage.
+
+    Where a run is at a URL, each node has one of its own.
+    """
+    if stored_checkpoints(stage) is None:
+        return dist.get_rank() == 0
+    return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+
+
 def _collective_device() -> str:
     return "cpu" if dist.get_backend() == "gloo" else "cuda"
 
@@ -119,6 +150,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None] = print) -> None:
         self._folder = folder
+        self._stored: StoredCheckpoints | None = stored_checkpoints(folder.parent)
+        self._first_here = first_of_folder(folder.parent)
         self._keep = keep
         self._say = say
         self._saving: _Saving | None = None
@@ -128,39 +161,48 @@ class Checkpoints:
         return self._folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps that have a folder here, ascending; not collective."""
+        """The steps that have a checkpoint, ascending; not collective."""
+        if self._stored is not None:
+            return self._stored.steps()
         return sorted(int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*"))
 
     def newest_whole(self) -> int | None:
         """The newest step whose checksums hold; a damaged one is named and passed over."""
-        found: list[int | None] = [None]
-        if dist.get_rank() == 0:
-            for step in reversed(self.steps()):
-                wrong = damage(self.path(step))
-                if wrong is None:
-                    found = [step]
-                    break
-                self._say(f"{self.path(step)}: {wrong}; using the one before")
+        known = [self.steps() if dist.get_rank() == 0 else []]
+        dist.broadcast_object_list(known)
+        for step in reversed(known[0]):
+            if self.whole(step, "; using the one before"):
+                return step
+            if dist.get_rank() == 0:
                 self._put_away(step)
-        dist.broadcast_object_list(found)
-        return found[0]
+        return None
+
+    def whole(self, step: int, then: str = "") -> bool:
+        """Whether a checkpoint is there and its checksums hold, on every node; else says why not.
+
+        Args:
+            then: said after that.
+        """
+        own: str | None = None
+        if self._first_here:
+            path = self.path(step)
+            own = damage(path) if self._stored is None else self._stored.fetch(step, path)
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        wrong = next((found for found in everyone if found is not None), None)
+        if wrong is not None and dist.get_rank() == 0:
+            place = self.path(step) if self._stored is None else self._stored.place(step)
+            self._say(f"{place}: {wrong}{then}")
+        return wrong is None
 
     def _put_away(self, step: int) -> None:
         """Keeps a damaged checkpoint to look at, out of the way of those that count."""
+        if self._stored is not None:
+            self._stored.put_away(step)
+            return
         away = self._folder / f"damaged-{step:08d}"
         shutil.rmtree(away, ignore_errors=True)
         self.path(step).rename(away)
-
-    def whole(self, step: int) -> bool:
-        """Whether a step's checkpoint is there and its checksums hold."""
-        answer: list[bool] = [False]
-        if dist.get_rank() == 0:
-            wrong = damage(self.path(step))
-            answer = [wrong is None]
-            if wrong is not None:
-                self._say(f"{self.path(step)}: {wrong}")
-        dist.broadcast_object_list(answer)
-        return answer[0]
 
     def save(self, engine: MegatronEngine, state: TrainingState) -> None:
         """Writes a checkpoint; afterwards prunes all but the newest ``keep`` and the best."""
@@ -172,9 +214,11 @@ class Checkpoints:
         self.finish()
         target = self.path(state.step)
         beside = target.with_name(f".{target.name}.partial")
-        if dist.get_rank() == 0:
+        if self._first_here:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
+        if self._stored is not None and dist.get_rank() == 0:
+            self._stored.clear(state.step)
         dist.barrier()
         with patch.object(strategy, "FileSystemWriterAsync", _ThreadedWriter):
             request = dist_checkpointing.save(
@@ -186,7 +230,13 @@ class Checkpoints:
                 validate_access_integrity=False,
                 async_sharded_save=True,
             )
-        self._saving = _Saving(request, beside, target, state)
+        rank = dist.get_rank()
+
+        def upload() -> None:
+            if self._stored is not None:
+                self._stored.upload(state.step, _own_files(beside, rank))
+
+        self._saving = _Saving(request, beside, target, state, upload)
 
     def poll(self) -> None:
         """Seals a checkpoint that was begun, if all its files are written."""
@@ -202,26 +252,46 @@ class Checkpoints:
 
     def _seal(self, beside: Path, target: Path, state: TrainingState) -> None:
         rank = dist.get_rank()
-        own = {path.name: checksum(path) for path in beside.glob(f"__{rank}_*")}
+        own = {path.name: checksum(path) for path in _own_files(beside, rank)}
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
         if rank == 0:
             write_json(beside / STATE, asdict(state))
             checksums = {name: value for part in everyone for name, value in part.items()}
-            rest = {path for path in beside.iterdir() if path.name not in checksums}
-            checksums.update({path.name: checksum(path) for path in sorted(rest)})
+            rest = sorted(path for path in beside.iterdir() if path.name not in checksums)
+            checksums.update({path.name: checksum(path) for path in rest})
             mark_complete(beside, checksums)
-            publish_folder(beside, target)
-            self._prune(state)
+            if self._stored is not None:
+                self._stored.upload(state.step, rest)
+                self._stored.seal(state.step, beside / COMPLETE)
         dist.barrier()
+        if self._first_here:
+            publish_folder(beside, target)
+        self._prune(state)
 
     def _prune(self, state: TrainingState) -> None:
+        kept: list[set[int]] = [set()]
+        if dist.get_rank() == 0:
+            kept = [self._kept(state)]
+            if self._stored is not None:
+                self._stored.prune(kept[0])
+        dist.broadcast_object_list(kept)
+        if self._first_here:
+            for path in self._folder.glob("step-*"):
+                if int(path.name.removeprefix("step-")) not in kept[0]:
+                    shutil.rmtree(path)
+        dist.barrier()
+
+    def _kept(self, state: TrainingState) -> set[int]:
+        """The newest steps that are to stay, and the best as they and the run know it."""
         newest = self.steps()[-self._keep :]
-        best = {(read_json(self.path(step) / STATE) or {}).get("best_step") for step in newest}
-        kept = {*newest, *best, state.best_step}
-        for step in self.steps():
-            if step not in kept:
-                shutil.rmtree(self.path(step))
+        best = {(self._read_state(step) or {}).get("best_step") for step in newest}
+        return {step for step in (*newest, *best, state.best_step) if step is not None}
+
+    def _read_state(self, step: int) -> Any:
+        if self._stored is not None:
+            return self._stored.read(step, STATE)
+        return read_json(self.path(step) / STATE)
 
     def load(self, engine: MegatronEngine, step: int) -> TrainingState:
         """Restores weights, optimizer and, at the same number of ranks, random states."""

@@ -35,7 +35,8 @@ from llmscale.clusters.ray.seats import (
 )
 from llmscale.clusters.ray.settings import RaySettings
 from llmscale.clusters.stops import Stops
-from llmscale.errors import Interrupted, StageError
+from llmscale.errors import Interrupted, LlmscaleError, StageError
+from llmscale.mirror import told_files
 from llmscale.parallel.exchange import CORES_VARIABLE, LAUNCHER_VARIABLE, RANK_VARIABLE, exchange
 
 SECONDS_FOR_OTHERS_ERRORS = 3.0
@@ -149,6 +150,8 @@ class RayCluster:
         here = all(seat.node == own for seat in seats)
         with exchange("127.0.0.1" if here else own) as meeting:
             environments = [self._environment(seat, meeting.variable()) for seat in seats]
+            if (end := self._fetch(job, seats)) is not None:
+                return end
             starts = {
                 seat.actor.start.remote(job.to_json(), environment): seat
                 for seat, environment in zip(seats, environments, strict=True)
@@ -156,7 +159,39 @@ class RayCluster:
             if (end := self._not_started(job, starts)) is not None:
                 return end
             ranks = self._follow(seats, room)
-        return self._end(job, folder, ranks)
+            unsent = self._send(job, ranks)
+        end = self._end(job, folder, ranks)
+        return end if unsent is None or end.line != FINISHED else unsent
+
+    def _fetch(self, job: Job, seats: Sequence[Seat]) -> End | None:
+        """Brings a run that is at a URL to each node; what kept it from that, if anything did."""
+        if job.url is None:
+            return None
+        RunFolder(job.run_folder).push("code", job.stage)
+        firsts = [seat for seat in seats if seat.local_rank == 0]
+        return self._not_started(job, {s.actor.fetch.remote(job.to_json()): s for s in firsts})
+
+    def _send(self, job: Job, ranks: _Ranks) -> End | None:
+        """Gets what the nodes wrote to the URL, and what is told of it to this folder.
+
+        Where all ranks did well, so must every node here: else what it wrote would be missed.
+
+        Returns:
+            what kept nodes from it, if anything did.
+        """
+        if job.url is None:
+            return None
+        firsts = [seat for seat in ranks.seats if seat.local_rank == 0]
+        gone = lost_nodes(firsts) if ranks.failed or ranks.silent else []
+        sent = {seat.actor.send.remote(): seat for seat in firsts if seat.node not in gone}
+        unsent = None
+        for reference, seat in sent.items():
+            try:
+                ray.get(reference)
+            except RayError as error:
+                unsent = _failed(f"{job.stage}: node {seat.node} did not send: {_line(error)}")
+        RunFolder(job.run_folder).pull(*told_files(job.stage))
+        return unsent
 
     def _not_started(self, job: Job, starts: Mapping[ray.ObjectRef, Seat]) -> End | None:
         """What kept ranks from being started, waited for; None if all are."""
@@ -175,6 +210,8 @@ class RayCluster:
             try:
                 ray.get(reference)
             except RayTaskError as error:
+                if isinstance(error.cause, LlmscaleError):
+                    raise StageError(f"{where}: node {seat.node}: {error.cause}") from None
                 if isinstance(error.cause, FileNotFoundError):
                     raise StageError(
                         f"{where}: {error.cause}; keep the run folder (--run-dir, LLMSCALE_RUNS) "
@@ -246,6 +283,10 @@ class RayCluster:
 def _failed(line: str) -> End:
     """An end that may be got over by starting again."""
     return End(line, failure=Failure(line, rank=0))
+
+
+def _line(error: RayError) -> str:
+    return str(error.cause) if isinstance(error, RayTaskError) else first_line(error)
 
 
 def _exit_code(reference: ray.ObjectRef) -> int:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from llmscale.artifacts import RunFolder, now, read_json, write_json, write_text
 from llmscale.clusters.ray.connection import SECONDS_TO_CONNECT, first_line, require_ray
 from llmscale.clusters.snapshot import PACKAGE
-from llmscale.errors import MachineError
+from llmscale.errors import MachineError, StageError
 
 SECONDS_TO_ANSWER = 30.0
 SECONDS_TO_SAVE = 120
@@ -105,13 +105,14 @@ def note_job(folder: RunFolder, job: RayJob) -> None:
     """Makes a job known as the run's."""
     _file(folder).parent.mkdir(parents=True, exist_ok=True)
     write_json(_file(folder), asdict(job))
+    folder.push("ray/job.json")
 
 
 def note_state(folder: RunFolder, job: RayJob) -> None:
     """Notes a job's state, unless the run has another job by now."""
     known = job_of(folder)
     if known is not None and known.job == job.job and known.state != job.state:
-        with suppress(OSError):  # the folder may be another user's, or the disk full
+        with suppress(OSError, StageError):  # the folder may be another user's, or the disk full
             note_job(folder, job)
 
 

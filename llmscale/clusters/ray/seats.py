@@ -121,7 +121,8 @@ def seated(group: PlacementGroup, stage: str, task: Task, start: int) -> Iterato
     placed = placement_group_table(group)["bundles_to_node_id"]
     if not set(placed.values()) <= set(there):
         raise ConnectionError("a node was lost as its ranks were to start")
-    ports = {n["NodeManagerAddress"]: n["NodeManagerPort"] for n in there.values()}
+    # by the node's id: one that came back is known by its address twice for a while
+    ports = {number: there[node]["NodeManagerPort"] for number, node in placed.items()}
     nodes = {number: there[node]["NodeManagerAddress"] for number, node in placed.items()}
     kind = ray.remote(RankActor)
     seats: list[Seat] = []
@@ -139,7 +140,7 @@ def seated(group: PlacementGroup, stage: str, task: Task, start: int) -> Iterato
         before = [seat.node for seat in seats]
         here = nodes[number]
         local_ranks = list(nodes.values()).count(here)
-        seats.append(Seat(actor, rank, here, ports[here], before.count(here), local_ranks))
+        seats.append(Seat(actor, rank, here, ports[number], before.count(here), local_ranks))
     try:
         yield seats
     finally:

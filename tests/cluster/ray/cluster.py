@@ -1,6 +1,7 @@
 """A real Ray cluster on this machine, for tests: a head without CPUs, and workers.
 
-Each node is a machine of its own (daemons.py) with an address of its own within loopback.
+Each node is a machine of its own (daemons.py) with an address of its own within loopback, and
+with a cache of its own for runs at a URL.
 Calls need the cluster's token.
 """
 
@@ -138,6 +139,8 @@ class Cluster:
         own = self.folder / node
         own.mkdir(exist_ok=True)
         command = [
+            "env",
+            f"LLMSCALE_CACHE={own / 'cache'}",
             str(Path(sys.executable).parent / "ray"),
             "start",
             "--block",

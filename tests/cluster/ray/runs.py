@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,21 @@ def status(cluster: Cluster, run: Path) -> dict[str, Any]:
     return answer
 
 
-def submit(cluster: Cluster, run: Path, *arguments: object) -> str:
-    """Submits the quickstart by Ray's Jobs API, without an upload; returns the job's id."""
+def submit(
+    cluster: Cluster,
+    run: Path | str,
+    *arguments: object,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """Submits the quickstart by Ray's Jobs API, without an upload; returns the job's id.
+
+    Args:
+        variables: what the job and its actors find in their environment.
+    """
     words = ["llmscale", "run", QUICKSTART, *arguments, "--run-dir", run]
-    return str(cluster.jobs().submit_job(entrypoint=shlex.join(map(str, words))))
+    told = {"env_vars": dict(variables or {})}
+    entrypoint = shlex.join(map(str, words))
+    return str(cluster.jobs().submit_job(entrypoint=entrypoint, runtime_env=told))
 
 
 def ended(cluster: Cluster, job: str, seconds: float = 180) -> str:
