@@ -182,9 +182,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample within this probability.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 1234,
+    raw: Annotated[bool, typer.Option("--raw", help="Without the model's chat template.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let a model go on from a text."""
+    """Let a model go on from a text, or answer it, if it has a chat template."""
     from llmscale import models_at_hand
 
     settings = {
@@ -195,8 +196,8 @@ def generate(
         "top_p": top_p,
         "temperature": temperature,
     }
-    text = models_at_hand.generate_text(model, prompt, settings, seed)
-    _answer(as_json, {"prompt": prompt, "text": text}, prompt + text)
+    text, answered = models_at_hand.generate_text(model, prompt, settings, seed, raw)
+    _answer(as_json, {"prompt": prompt, "text": text}, text if answered else prompt + text)
 
 
 @app.command()

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from llmscale.artifacts import write_text
-from llmscale.clusters.devices import cuda_present, require_device
+from llmscale.clusters.devices import cuda_present, require_device, require_engine
 from llmscale.errors import MachineError, RecipeError
 from llmscale.launch import Request, run_pipeline
 from llmscale.recipe.sweep import in_words
 from llmscale.runs import require_no_live_jobs
-from llmscale.stages.pretrain import Pretrain
+from llmscale.stages import TRAINING
 from llmscale.sweeps import dry_run, run_sweep
 
 
@@ -44,11 +44,14 @@ class LocalLaunch:
         recipe = self.request.recipe
         require_no_live_jobs(self.request.folder)
         require_device(recipe.cluster.device)
+        for stage in recipe.stages.values():
+            if isinstance(stage, TRAINING):
+                require_engine(stage.engine)
         in_fp8 = [
             name
             for each in (recipe, *recipe.members())
             for name, stage in each.stages.items()
-            if isinstance(stage, Pretrain) and stage.precision == "fp8"
+            if isinstance(stage, TRAINING) and stage.precision == "fp8"
         ]
         if in_fp8 and not cuda_present():
             raise MachineError(

@@ -8,16 +8,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmscale import runs
+from llmscale.data.chat import end_of_answer, prompt_text
+from llmscale.data.conversations import Turn
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Generation, generate
 from llmscale.recipe.explain import explain
 from llmscale.recipe.recipe import read_resolved
-from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
+from llmscale.stages import TRAINING
+from llmscale.stages.finetune import Finetune
 
 
-def generate_text(model: str, prompt: str, settings: Mapping[str, Any], seed: int) -> str:
-    """The model's continuation of a prompt.
+def generate_text(
+    model: str, prompt: str, settings: Mapping[str, Any], seed: int, raw: bool
+) -> tuple[str, bool]:
+    """The model's continuation of a prompt, or its answer, and whether it is one.
+
+    Args:
+        raw: leave the model's chat template out, if it has one.
 
     Raises:
         RecipeError: if the model or a setting is wrong.
@@ -30,7 +38,13 @@ def generate_text(model: str, prompt: str, settings: Mapping[str, Any], seed: in
     folder = runs.model_folder(model)
     from llmscale.evaluation.models import load_model
 
-    return generate(*load_model(folder), prompt, generation, seed)
+    loaded, tokenizer = load_model(folder)
+    template = None if raw else tokenizer.chat_template
+    if template is None:
+        return generate(loaded, tokenizer, prompt, generation, seed), False
+    asked = prompt_text((Turn("user", prompt),), tokenizer, template)
+    stop = end_of_answer(tokenizer, template)
+    return generate(loaded, tokenizer, asked, generation, seed, stop), True
 
 
 def perplexity(
@@ -89,27 +103,37 @@ def export(run_stage: str, target: Path) -> dict[str, Any]:
     parts = runs.split_model(run_stage)
     folder = runs.open_run(parts[0] if parts else run_stage)
     recipe = read_resolved(folder.recipe_file)
-    trained = [name for name, stage in recipe.stages.items() if isinstance(stage, Pretrain)]
-    name = parts[1] if parts else (trained[-1] if trained else "")
+    training = [name for name, stage in recipe.stages.items() if isinstance(stage, TRAINING)]
+    name = parts[1] if parts else (training[-1] if training else "")
     stage = recipe.stages.get(name)
-    if not isinstance(stage, Pretrain):
-        known = ", ".join(trained) or "none"
+    if not isinstance(stage, TRAINING):
+        known = ", ".join(training) or "none"
         raise RecipeError(f"{run_stage}: {name!r} is no training stage; there are: {known}")
-    inputs = stage.linked(recipe.stages)
-    if "tokenizer" in inputs:
-        folder.pull(f"{inputs['tokenizer']}/{recipe.stages[inputs['tokenizer']].product}")
-    folder.pull(f"{name}/{ABOUT_TOKENS}")
+    for key, linked in stage.linked(recipe.stages).items():
+        if key in ("tokenizer", "start_from"):
+            folder.pull(f"{linked}/{recipe.stages[linked].product}")
+    folder.pull(f"{name}/{stage.about}")
     import llmscale.quiet  # noqa: F401
     from llmscale.rank import input_folders
-    from llmscale.stages.pretrain_rank import export_at_one_rank
+    from llmscale.stages.examples import fine_tuned
+    from llmscale.stages.tokens import first_folder, pretrained
+    from llmscale.stages.train_rank import export_at_one_rank
 
+    own, inputs = folder.stage(name), input_folders(recipe, stage, folder)
+    if isinstance(stage, Finetune):
+        start_from: Path | None = inputs["start_from"]
+        trained = fine_tuned(own, inputs["start_from"])
+    else:
+        start_from = first_folder(stage, own)
+        trained = pretrained(stage, own, inputs["tokenizer"])
     with tempfile.TemporaryDirectory() as meeting:
         step = export_at_one_rank(
             stage,
-            folder.stage(name),
-            input_folders(recipe, stage, folder)["tokenizer"],
-            target,
-            f"file://{meeting}/store",
+            trained,
+            start_from,
+            folder=own,
+            target=target,
+            rendezvous=f"file://{meeting}/store",
         )
     return {"out": str(target), "stage": name, "step": step}
 

@@ -1,5 +1,6 @@
 """What devices this machine has, found without importing torch."""
 
+import importlib.util
 from pathlib import Path
 
 from llmscale.errors import MachineError
@@ -20,4 +21,17 @@ def require_device(device: str) -> None:
         raise MachineError(
             "cluster.device: this machine has no NVIDIA GPU; set cluster.device=cpu, "
             "or run where one is (llmscale doctor tells what is here)"
+        )
+
+
+def require_engine(engine: str) -> None:
+    """Checks that an engine's package is here.
+
+    Raises:
+        MachineError: if it is not.
+    """
+    if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise MachineError(
+            "engine deepspeed: the package deepspeed is missing; pip install "
+            "'llmscale[deepspeed]', or use engine megatron"
         )

@@ -9,34 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llmscale.data.conversations import Conversation
+from llmscale.data.conversations import Conversation, Turn
 from llmscale.data.records import Malformed
-
-CHATML = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
-"""
-
-ALPACA = """\
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}{{ message.content + '\n\n' }}
-{%- elif message.role == 'user' -%}{{ '### Instruction:\n' + message.content + '\n\n' }}
-{%- else -%}{{ '### Response:\n' + message.content + eos_token }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif -%}
-"""
-
-PLAIN = """\
-{%- for message in messages -%}
-{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}
-{%- endfor -%}
-"""
-
-TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA, "plain": PLAIN}
-"""ChatML (OpenAI 2023), Alpaca's headings (Taori et al. 2023), and no words of its own."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +55,12 @@ def encoded_conversation(conversation: Conversation, tokenizer: Any, template: s
 def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> str:
     """What a model is given, to answer the conversation's last turn."""
     return _render(conversation, tokenizer, template, ask=True)
+
+
+def end_of_answer(tokenizer: Any, template: str) -> str:
+    """What a template writes behind an answer, without the white space around it."""
+    answered = (Turn("user", "?"), Turn("assistant", "answer"))
+    return _render(answered, tokenizer, template).rpartition("answer")[2].strip()
 
 
 def _rendered(

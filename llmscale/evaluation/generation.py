@@ -20,8 +20,14 @@ class Generation(Settings):
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, settings: Generation, seed: int) -> str:
-    """The prompt's continuation, within the model's positions; the same for the same seed."""
+def generate(
+    model: Any, tokenizer: Any, prompt: str, settings: Generation, seed: int, stop: str = ""
+) -> str:
+    """The prompt's continuation, within the model's positions; the same for the same seed.
+
+    Args:
+        stop: what ends the text, beside the tokenizer's own token for that; it is left out.
+    """
     import torch
 
     torch.manual_seed(seed)
@@ -48,5 +54,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Generation, seed
         pad_token_id=tokenizer.eos_token_id if padding is None else padding,
         eos_token_id=tokenizer.eos_token_id,
         **choices[settings.decoding],
+        **({"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}),
     )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return text.partition(stop)[0] if stop else text

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -96,11 +96,14 @@ def _unknown_key(path: KeyPath, settings: type[Settings]) -> str:
 
 def _settings_at(path: KeyPath, settings: type[Settings]) -> type[Settings] | None:
     found: type[Settings] | None = settings
+    a_name_is_next = False
     for key in path:
-        if found is None or key.isdigit():
+        if found is None or key.isdigit() or a_name_is_next:
+            a_name_is_next = False
             continue
         fields = {field.alias or name: field for name, field in found.model_fields.items()}
-        found = _settings_in(fields[key].annotation) if key in fields else None
+        annotation = fields[key].annotation if key in fields else None
+        found, a_name_is_next = _settings_in(annotation), get_origin(annotation) is dict
     return found
 
 

@@ -2,6 +2,7 @@
 
 from llmscale.stages.base import Stage
 from llmscale.stages.evaluate import Evaluate
+from llmscale.stages.finetune import Finetune
 from llmscale.stages.prepare import Prepare
 from llmscale.stages.pretrain import Pretrain
 from llmscale.stages.tokenizer import Tokenizer
@@ -10,5 +11,9 @@ KINDS: dict[str, type[Stage]] = {
     "prepare": Prepare,
     "tokenizer": Tokenizer,
     "pretrain": Pretrain,
+    "finetune": Finetune,
     "evaluate": Evaluate,
 }
+
+TRAINING = (Pretrain, Finetune)
+"""The kinds that train a model, and leave checkpoints of it."""

@@ -53,7 +53,7 @@ class Evaluate(Stage):
     samples: Samples | None = None
 
     links: ClassVar[Mapping[str, Link]] = {
-        "model": Link(("pretrain",), or_folder=True, folder_holds=MODEL_FILES),
+        "model": Link(("pretrain", "finetune"), or_folder=True, folder_holds=MODEL_FILES),
         "corpus": Link(("prepare",)),
     }
 

@@ -24,16 +24,19 @@ from llmscale.stages.base import (
     StageOrFolder,
     Workspace,
 )
+from llmscale.stages.layouts import engine_problems, layout_problems, training_task
 from llmscale.stages.tokenizer import Tokenizer
 from llmscale.training.curriculum import Phase, PlacedPhase, Weights, lay_out, step_problems
 from llmscale.training.settings import (
     Batch,
     Checkpointing,
+    EngineName,
     Health,
     Optimizer,
     Precision,
     Recompute,
     Validation,
+    Zero,
 )
 
 CORPUS = Link(("prepare",))
@@ -60,6 +63,8 @@ class Pretrain(Stage):
     start_from: RecipePath | None = None
     sequence_length: PositiveInt | None = None
     separate_documents: bool = False
+    engine: EngineName = "megatron"
+    zero: Annotated[Zero, NOT_IDENTITY] = Zero()
     parallel: Annotated[Layout, NOT_IDENTITY] = Layout()
     batch: Batch
     optimizer: Optimizer
@@ -71,6 +76,7 @@ class Pretrain(Stage):
     health: Health = Health()
 
     product: ClassVar[str] = "hf"
+    about: ClassVar[str] = ABOUT_TOKENS
     links: ClassVar[Mapping[str, Link]] = {
         "corpus": CORPUS,
         "tokenizer": Link(("tokenizer",), or_folder=True, folder_holds=TOKENIZER_FILES),
@@ -116,7 +122,6 @@ class Pretrain(Stage):
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
         yield from self._corpus_problems()
-        ranks, layout = view.cluster.ranks, self.parallel
         try:
             architecture = self._checked_architecture()
         except RecipeError as error:
@@ -125,27 +130,11 @@ class Pretrain(Stage):
             return
         yield from under("model", architecture.problems())
         yield from self._tokenizer_problems(architecture, view)
-        misfits = [
-            *architecture.layout_problems(layout, self.sequence_length),
-            *layout.problems(ranks=ranks),
-        ]
-        yield from under("parallel", misfits)
-        if not misfits:
-            batch_problems = self.batch.problems(
-                data_ranks=layout.data_ranks(ranks),
-                pipeline=layout.pipeline,
-                virtual_pipeline=layout.virtual_pipeline,
-            )
-            yield from under("batch", batch_problems)
+        yield from layout_problems(
+            architecture, self.parallel, self.batch, view.cluster, self.sequence_length
+        )
         yield from under("optimizer", self.optimizer.problems(self.steps))
-        if self.precision == "fp8" and view.cluster.device == "cpu":
-            yield Problem(("precision",), "fp8 needs a GPU, but cluster.device is cpu; use bf16")
-        elif self.precision == "fp8" and architecture.traits.objective != "causal":
-            yield Problem(
-                ("precision",),
-                f"fp8 needs layers of Transformer Engine, which {architecture.family} does not "
-                "have here; use bf16",
-            )
+        yield from engine_problems(self, architecture, view.cluster)
         if (wrong := _wrong_length(architecture, self.window)) is not None:
             yield Problem(("sequence_length",), wrong)
         yield from under("curriculum", step_problems(self.curriculum, self.steps))
@@ -216,15 +205,13 @@ class Pretrain(Stage):
         return [self.start_from and folder_fingerprint(Path(self.start_from))]
 
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
-        train = Task(
-            "train",
-            cluster.ranks,
-            cluster.nodes,
-            on_device=True,
-            neighbours=self.parallel.tensor,
-            fewer=tuple(self._fewer_ranks(cluster.ranks)),
+        tokens, train = (
+            self._tokens_task(cluster),
+            training_task(self.parallel, self.batch, cluster),
         )
-        return (self._tokens_task(cluster), train)
+        if self.engine == "deepspeed" and self.start_from is None:
+            return (tokens, Task("weights"), train)
+        return (tokens, train)
 
     @staticmethod
     def _tokens_task(cluster: ClusterSettings) -> Task:
@@ -235,33 +222,16 @@ class Pretrain(Stage):
             "tokens", cluster.ranks, cluster.nodes, fewer=tuple(range(1, cluster.ranks))[::-1]
         )
 
-    def _fewer_ranks(self, ranks: int) -> Iterator[int]:
-        """Smaller numbers of ranks that train the same batches: with fewer copies of the model."""
-        for data in range(self.parallel.data_ranks(ranks) - 1, 0, -1):
-            layout = self.parallel.model_copy(update={"data": data})
-            fewer = layout.model_ranks * data
-            misfits = [
-                *layout.problems(ranks=fewer),
-                *self.batch.problems(
-                    data_ranks=data,
-                    pipeline=layout.pipeline,
-                    virtual_pipeline=layout.virtual_pipeline,
-                ),
-            ]
-            if not misfits:
-                yield fewer
-
     def run(self, task: str, workspace: Workspace) -> None:
-        if task == "tokens":
-            if (workspace.folder.path / ABOUT_TOKENS).exists():
-                return
-            from llmscale.stages.tokens import make_tokens
+        from llmscale.stages.tokens import make_tokens, pretraining, write_first_weights
+        from llmscale.stages.train_rank import train
 
+        if task == "train":
+            train(self, workspace, pretraining(self, workspace))
+        elif task == "weights":
+            write_first_weights(self, workspace)
+        elif not (workspace.folder.path / ABOUT_TOKENS).exists():
             make_tokens(self, workspace)
-        else:
-            from llmscale.stages.pretrain_rank import pretrain
-
-            pretrain(self, workspace)
 
 
 def _wrong_length(architecture: Architecture, length: int) -> str | None:

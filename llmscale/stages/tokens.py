@@ -10,22 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from llmscale.artifacts import new_folder, read_json, write_json
+from llmscale.artifacts import StageFolder, new_folder, read_json, write_json
 from llmscale.data.corpus import SPLITS, Split, read_split
 from llmscale.data.samples import Samples
 from llmscale.data.tokenizer import load_tokenizer, sentinel
 from llmscale.data.tokens import TokenStream, batches, encoded, write_tokens
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_vocabulary
+from llmscale.parallel.layout import Layout
 from llmscale.parallel.turns import in_turns
-from llmscale.parallel.world import joined_world
+from llmscale.parallel.world import joined_world, process_groups
 from llmscale.stages.base import Workspace
+from llmscale.stages.engines import FirstWeights, TrainedModel, set_first_weights
 from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
+from llmscale.stages.train_rank import Course
 from llmscale.training.curriculum import PlacedPhase
 from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
+from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.objectives import Objective, make_objective
 
 SECONDS_FOR_A_TURN = 3600.0
+FIRST_WEIGHTS = "first_weights"
 
 
 def make_tokens(stage: Pretrain, workspace: Workspace) -> None:
@@ -161,6 +166,43 @@ def _vocabulary(stage: Pretrain, tokenizer_size: int) -> int:
             f"{stage.start_from}; use that folder as tokenizer"
         )
     return size
+
+
+def pretrained(stage: Pretrain, folder: StageFolder, tokenizer: Path) -> TrainedModel:
+    """The model that a stage of pretraining trains, once its tokens are made."""
+    about = read_json(folder.path / ABOUT_TOKENS) or {"vocabulary": 0}
+    return TrainedModel(stage.architecture(), about["vocabulary"], tokenizer)
+
+
+def first_folder(stage: Pretrain, folder: StageFolder) -> Path | None:
+    """Where the model's first weights are; None where they come from the seed on each rank."""
+    if stage.start_from:
+        return Path(stage.start_from)
+    return folder.path / FIRST_WEIGHTS if stage.engine == "deepspeed" else None
+
+
+def write_first_weights(stage: Pretrain, workspace: Workspace) -> None:
+    """Writes the weights from the seed as a Hugging Face folder, for the DeepSpeed engine."""
+    model = pretrained(stage, workspace.folder, workspace.inputs["tokenizer"])
+    with (
+        joined_world(rank=0, ranks=1, rendezvous=workspace.rendezvous, device="cpu"),
+        process_groups(Layout(), workspace.seed),
+        new_folder(workspace.folder.path / FIRST_WEIGHTS) as beside,
+    ):
+        engine = MegatronEngine(model.architecture, model.vocabulary, Layout(), stage.optimizer)
+        set_first_weights(engine, FirstWeights(None, workspace.seed))
+        engine.export(beside)
+
+
+def pretraining(stage: Pretrain, workspace: Workspace) -> Course:
+    """What a stage of pretraining trains."""
+    return Course(
+        model=pretrained(stage, workspace.folder, workspace.inputs["tokenizer"]),
+        start_from=first_folder(stage, workspace.folder),
+        data=training_data(stage, workspace),
+        validation=validation_data(stage, workspace),
+        steps=stage.steps,
+    )
 
 
 def training_data(stage: Pretrain, workspace: Workspace) -> TrainingData:

@@ -7,22 +7,15 @@ uploads what it wrote, and the first rank of each node fetches what the node lac
 """
 
 import os
-import queue
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as strategy
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from llmscale.artifacts import (
     COMPLETE,
@@ -33,17 +26,10 @@ from llmscale.artifacts import (
     read_json,
     write_json,
 )
-from llmscale.models.megatron import inner_model
 from llmscale.stored import StoredCheckpoints, stored_checkpoints
-from llmscale.training.adam_state import separate_step_counts
-from llmscale.training.megatron_engine import MegatronEngine
+from llmscale.training.engine import Engine, Writing
 
 STATE = "state.json"
-OPTIMIZER_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 @dataclass(frozen=True)
@@ -57,78 +43,41 @@ class TrainingState:
     best_loss: float | None = None
 
 
-class _ThreadedWriter(FileSystemWriterAsync):
-    """megatron-core's checkpoint writer without the processes it starts for every file.
-
-    Starting a manager and a writer by process costs seconds a rank; a thread costs nothing,
-    since writing holds no lock of Python's.
-    """
-
-    write_buckets: list[Any]
-
-    def prepare_write_data(self, plan: Any, planner: Any) -> None:
-        with patch.object(filesystem_async, "_get_write_results_queue", queue.SimpleQueue):
-            super().prepare_write_data(plan, planner)
-        self.write_buckets = [
-            (path, name, (objects, [(item, tensor.cpu().clone()) for item, tensor in tensors]))
-            for path, name, (objects, tensors) in self.write_buckets
-        ]
-
-    def get_save_function_and_args(self) -> tuple[Callable[[], None], None, list[Any]]:
-        return self._write, None, []
-
-    def _write(self) -> None:
-        """Leaves each bucket's results, or the error, where megatron-core's ``finish`` looks."""
-        transforms = [self.transforms] if hasattr(self, "transforms") else []
-        results: dict[int, Any] = {}
-        for number, bucket in enumerate(self.write_buckets):
-            done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            count: queue.Queue[int] = queue.Queue()
-            count.put(number)
-            self.write_preloaded_data(transforms, number, bucket, done, count, use_fsync=True)
-            _, results[number] = done.get()
-        if self.results_queue is not None:
-            failed = next((r for r in results.values() if isinstance(r, Exception)), None)
-            self.results_queue.put(failed or results)
-
-
 class _Saving:
-    """A checkpoint on its way: planned, its local files being written, not yet sealed."""
+    """A checkpoint on its way: its local files being written, not yet sealed."""
 
     def __init__(
         self,
-        request: Any,
+        writing: Writing,
         beside: Path,
         target: Path,
         state: TrainingState,
         upload: Callable[[], None],
     ) -> None:
         self.beside, self.target, self.state = beside, target, state
-        self._request = request
+        self._writing = writing
         self._pool = ThreadPoolExecutor(1)
-        self._writing = self._pool.submit(self._write, upload)
+        self._written = self._pool.submit(self._write, upload)
 
     def _write(self, upload: Callable[[], None]) -> None:
-        self._request.async_fn(*self._request.async_fn_args)
+        self._writing.write()
         upload()
+
+    def files(self) -> list[Path]:
+        """What this rank has written."""
+        return self._writing.files()
 
     def written(self) -> bool:
         """Whether every rank has written its files; collective."""
-        flag = torch.tensor([float(self._writing.done())], device=_collective_device())
+        flag = torch.tensor([float(self._written.done())], device=_collective_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
 
     def finish(self) -> None:
         """Waits for this rank's files and writes the shared metadata; collective."""
-        self._writing.result()
+        self._written.result()
         self._pool.shutdown()
-        for finalize in self._request.finalize_fns:
-            finalize()
-
-
-def _own_files(folder: Path, rank: int) -> list[Path]:
-    """What a rank wrote of a checkpoint."""
-    return sorted(folder.glob(f"__{rank}_*"))
+        self._writing.finish()
 
 
 def first_of_folder(stage: Path) -> bool:
@@ -204,12 +153,12 @@ class Checkpoints:
         shutil.rmtree(away, ignore_errors=True)
         self.path(step).rename(away)
 
-    def save(self, engine: MegatronEngine, state: TrainingState) -> None:
+    def save(self, engine: Engine, state: TrainingState) -> None:
         """Writes a checkpoint; afterwards prunes all but the newest ``keep`` and the best."""
         self.begin(engine, state)
         self.finish()
 
-    def begin(self, engine: MegatronEngine, state: TrainingState) -> None:
+    def begin(self, engine: Engine, state: TrainingState) -> None:
         """Takes a copy of the state and starts writing it in the background."""
         self.finish()
         target = self.path(state.step)
@@ -220,23 +169,13 @@ class Checkpoints:
         if self._stored is not None and dist.get_rank() == 0:
             self._stored.clear(state.step)
         dist.barrier()
-        with patch.object(strategy, "FileSystemWriterAsync", _ThreadedWriter):
-            request = dist_checkpointing.save(
-                sharded_state(engine),
-                str(beside),
-                sharded_strategy=strategy.TorchDistSaveShardedStrategy(
-                    "torch_dist", 1, thread_count=1
-                ),
-                validate_access_integrity=False,
-                async_sharded_save=True,
-            )
-        rank = dist.get_rank()
+        writing = engine.writing(beside)
 
         def upload() -> None:
             if self._stored is not None:
-                self._stored.upload(state.step, _own_files(beside, rank))
+                self._stored.upload(state.step, writing.files())
 
-        self._saving = _Saving(request, beside, target, state, upload)
+        self._saving = _Saving(writing, beside, target, state, upload)
 
     def poll(self) -> None:
         """Seals a checkpoint that was begun, if all its files are written."""
@@ -248,14 +187,13 @@ class Checkpoints:
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.finish()
-            self._seal(saving.beside, saving.target, saving.state)
+            own = {path.name: checksum(path) for path in saving.files()}
+            self._seal(saving.beside, saving.target, saving.state, own)
 
-    def _seal(self, beside: Path, target: Path, state: TrainingState) -> None:
-        rank = dist.get_rank()
-        own = {path.name: checksum(path) for path in _own_files(beside, rank)}
+    def _seal(self, beside: Path, target: Path, state: TrainingState, own: dict[str, str]) -> None:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
-        if rank == 0:
+        if dist.get_rank() == 0:
             write_json(beside / STATE, asdict(state))
             checksums = {name: value for part in everyone for name, value in part.items()}
             rest = sorted(path for path in beside.iterdir() if path.name not in checksums)
@@ -293,101 +231,8 @@ class Checkpoints:
             return self._stored.read(step, STATE)
         return read_json(self.path(step) / STATE)
 
-    def load(self, engine: MegatronEngine, step: int) -> TrainingState:
+    def load(self, engine: Engine, step: int) -> TrainingState:
         """Restores weights, optimizer and, at the same number of ranks, random states."""
         path = self.path(step)
-        state = sharded_state(engine, loading=True)
-        keys = dist_checkpointing.load_tensors_metadata(str(path))
-        if _random_key(engine) not in keys:
-            state.pop("random")
-        loaded = dist_checkpointing.load(state, str(path))
-        set_weights(engine, loaded)
-        engine.optimizer.load_state_dict(loaded["optimizer"])
-        separate_step_counts(engine.optimizer)
-        if "random" in loaded:
-            _set_random_states(engine, loaded["random"])
+        engine.load(path)
         return TrainingState(**read_json(path / STATE))
-
-    def load_weights(self, engine: MegatronEngine, step: int) -> None:
-        """Restores the weights alone."""
-        set_weights(engine, dist_checkpointing.load(model_state(engine), str(self.path(step))))
-
-
-def model_state(engine: MegatronEngine) -> dict[str, Any]:
-    """The weights as sharded tensors whose keys and offsets do not depend on the layout."""
-    return {
-        f"model{number}": inner_model(chunk).sharded_state_dict(
-            metadata={"dp_cp_group": _data_group()}
-        )
-        for number, chunk in enumerate(engine.chunks)
-    }
-
-
-def set_weights(engine: MegatronEngine, loaded: dict[str, Any]) -> None:
-    """Puts loaded tensors into the model; the counterpart of ``model_state``."""
-    for number, chunk in enumerate(engine.chunks):
-        inner_model(chunk).load_state_dict(loaded[f"model{number}"])
-
-
-def sharded_state(engine: MegatronEngine, loading: bool = False) -> dict[str, Any]:
-    """Everything that resumes a run, as megatron-core's sharded state."""
-    _count_padding(engine)
-    state = model_state(engine)
-    state["optimizer"] = engine.optimizer.sharded_state_dict(
-        dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
-    )
-    states = _random_states(engine)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    state["random"] = ShardedTensor.from_rank_offsets(_random_key(engine), states, (0, rank, ranks))
-    return state
-
-
-def _count_padding(engine: MegatronEngine) -> None:
-    """Lets the distributed optimizer count the padding between its buckets as state.
-
-    megatron-core 0.16.1 gathers the state without that padding, then cuts parameters out at
-    places that count it, so that those behind a padded bucket are saved wrong.
-    """
-    for chunk in engine.chunks:
-        wrapper: Any = chunk
-        for buffer in (*wrapper.buffers, *wrapper.expert_parallel_buffers):
-            buffer.numel_unpadded = buffer.numel
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()
-
-
-def _data_group() -> Any:
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
-def _random_key(engine: MegatronEngine) -> str:
-    return f"random_states_of_{dist.get_world_size()}_{engine.device.type}_ranks"
-
-
-def _tracker_states() -> dict[str, torch.Tensor]:
-    return tensor_parallel.get_cuda_rng_tracker().get_states()
-
-
-def _device_state(engine: MegatronEngine) -> torch.Tensor:
-    return torch.cuda.get_rng_state() if engine.device.type == "cuda" else torch.get_rng_state()
-
-
-def _random_states(engine: MegatronEngine) -> torch.Tensor:
-    """The CPU generator, the device's, and megatron-core's tracked: ``[1, states, bytes]``."""
-    tracked = [state for _, state in sorted(_tracker_states().items())]
-    parts = [torch.get_rng_state(), _device_state(engine), *tracked]
-    width = max(part.numel() for part in parts)
-    rows = [torch.nn.functional.pad(part.cpu(), (0, width - part.numel())) for part in parts]
-    return torch.stack(rows).unsqueeze(0)
-
-
-def _set_random_states(engine: MegatronEngine, states: torch.Tensor) -> None:
-    parts = list(states[0])
-    torch.set_rng_state(parts[0][: torch.get_rng_state().numel()].clone())
-    if engine.device.type == "cuda":
-        torch.cuda.set_rng_state(parts[1][: _device_state(engine).numel()].clone())
-    tracked = {
-        name: part[: old.numel()].clone()
-        for (name, old), part in zip(sorted(_tracker_states().items()), parts[2:], strict=True)
-    }
-    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)

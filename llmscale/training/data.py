@@ -1,8 +1,9 @@
 """The samples of each step, and those of validation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,40 +16,106 @@ from llmscale.training.objectives import Objective
 from llmscale.training.settings import Batch
 
 
+class Ordered(Protocol):
+    """Samples in a shuffled order."""
+
+    def number_at(self, consumed: int) -> int:
+        """Which sample comes after ``consumed`` others."""
+
+
+Source = TypeVar("Source", bound=Ordered)
+
+
+class StepSamples(Protocol):
+    """Where samples come from; ``step`` are the places of a step's whole global batch."""
+
+    @property
+    def first_step(self) -> int:
+        """The step from which on they do (0 is the first)."""
+
+    def batch(self, places: Sequence[int], step: range, device: torch.device) -> ModelBatch:
+        """The samples at some of the step's places, and what is to be predicted."""
+
+    def length(self, step: range) -> int:
+        """The model's tokens a sample, in this step."""
+
+    def tokens(self, step: range) -> int:
+        """Tokens of text the step reads, whether they are predicted or not."""
+
+    def name(self, place: int) -> str:
+        """A sample, as a log's line names it."""
+
+
+@dataclass(frozen=True)
+class Blended(Generic[Source]):
+    """Sources in turn by their weights, each in its own shuffled order.
+
+    Attributes:
+        first: the place of the run's order where this begins.
+        read: samples of each source that were read before.
+    """
+
+    sources: Mapping[str, Source]
+    weights: Mapping[str, float]
+    first: int = 0
+    read: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def _blend(self) -> Blend:
+        return Blend(self.weights)
+
+    def find(self, place: int) -> tuple[Source, int]:
+        """The source and the sample's number in it, at a place of the whole run's order."""
+        name, number = self._find(place)
+        return self.sources[name], number
+
+    def name(self, place: int) -> str:
+        """A sample's number, after its source if there are several."""
+        name, number = self._find(place)
+        return f"{name} {number}" if len(self.sources) > 1 else str(number)
+
+    def _find(self, place: int) -> tuple[str, int]:
+        name, before = self._blend.place(place - self.first)
+        return name, self.sources[name].number_at(self.read.get(name, 0) + before)
+
+
 @dataclass(frozen=True)
 class PhaseSamples:
-    """The samples of one phase: its corpora in turn, each in its own shuffled order."""
+    """The samples of one phase of pretraining: windows of its corpora."""
 
     phase: PlacedPhase
     sources: Mapping[str, Samples]
     objective: Objective
 
     @cached_property
-    def _blend(self) -> Blend:
-        return Blend(self.phase.weights)
+    def _blended(self) -> Blended[Samples]:
+        phase = self.phase
+        return Blended(self.sources, phase.weights, phase.first_sample, phase.read)
 
-    def _find(self, place: int) -> tuple[str, int]:
-        """The corpus and the sample's number in it, at a place of the whole run's order."""
-        corpus, before = self._blend.place(place - self.phase.first_sample)
-        return corpus, self.sources[corpus].number_at(self.phase.read.get(corpus, 0) + before)
+    @property
+    def first_step(self) -> int:
+        return self.phase.first_step
 
-    def batch(self, places: Sequence[int], device: torch.device) -> ModelBatch:
-        """The samples at these places of the run's order, and what is to be predicted."""
-        found = [self._find(place) for place in places]
-        windows = [self.sources[corpus].window(number) for corpus, number in found]
+    def batch(self, places: Sequence[int], step: range, device: torch.device) -> ModelBatch:
+        found = [self._blended.find(place) for place in places]
+        windows = [source.window(number) for source, number in found]
         return self.objective.batch(np.stack(windows), places, device)
 
+    def length(self, step: range) -> int:
+        return self.phase.sequence_length
+
+    def tokens(self, step: range) -> int:
+        return len(step) * next(iter(self.sources.values())).sequence_length
+
     def name(self, place: int) -> str:
-        """A sample as a log's line names it: its number, after its corpus if there are several."""
-        corpus, number = self._find(place)
-        return f"{corpus} {number}" if len(self.sources) > 1 else str(number)
+        return self._blended.name(place)
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """One step's global batch: ``size`` samples from place ``first`` of the run's order on."""
 
-    samples: PhaseSamples
+    samples: StepSamples
     first: int
     size: int
 
@@ -57,15 +124,19 @@ class StepBatch:
         """The places of its samples."""
         return range(self.first, self.first + self.size)
 
+    def batch(self, places: Sequence[int], device: torch.device) -> ModelBatch:
+        """The samples at some of its places."""
+        return self.samples.batch(places, self.places, device)
+
     @property
     def sequence_length(self) -> int:
         """The model's tokens a sample."""
-        return self.samples.phase.sequence_length
+        return self.samples.length(self.places)
 
     @property
     def tokens(self) -> int:
         """Tokens of text it reads, whether they are predicted or not."""
-        return self.size * next(iter(self.samples.sources.values())).sequence_length
+        return self.samples.tokens(self.places)
 
 
 @dataclass(frozen=True)
@@ -73,12 +144,21 @@ class TrainingData:
     """What every step trains on: a function of its number and of the samples before it."""
 
     batch: Batch
-    phases: Sequence[PhaseSamples]
+    phases: Sequence[StepSamples]
 
     def at(self, step: int, consumed: int) -> StepBatch:
         """The global batch of step ``step`` (0 is the first)."""
-        begun = [phase for phase in self.phases if phase.phase.first_step <= step]
+        begun = [phase for phase in self.phases if phase.first_step <= step]
         return StepBatch(begun[-1], consumed, self.batch.size(consumed))
+
+
+class ValidationSamples(Protocol):
+    """Samples by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, numbers: Sequence[int], device: torch.device) -> ModelBatch:
+        """Samples by their numbers; those past the last one are there, but do not count."""
 
 
 @dataclass(frozen=True)

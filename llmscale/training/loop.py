@@ -4,14 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron.core import parallel_state
-
 from llmscale.data.samples import rank_places
 from llmscale.errors import Interrupted, StageError
 from llmscale.training.checkpoint import Checkpoints, TrainingState
-from llmscale.training.data import StepBatch, TrainingData, ValidationData
+from llmscale.training.data import StepBatch, TrainingData, ValidationSamples
+from llmscale.training.engine import Engine, StepResult
 from llmscale.training.log import TrainingLog
-from llmscale.training.megatron_engine import MegatronEngine, StepResult
 from llmscale.training.schedule import learning_rate
 from llmscale.training.settings import Checkpointing, Health
 from llmscale.training.signals import StopRequest
@@ -23,10 +21,11 @@ SHOWN_SAMPLES = 8
 class Trainer:
     """One rank's part of training a model."""
 
-    engine: MegatronEngine
+    engine: Engine
     data: TrainingData
-    validation: ValidationData | None
+    validation: ValidationSamples | None
     steps: int
+    patience: int | None
     micro_batch: int
     checkpointing: Checkpointing
     health: Health
@@ -36,14 +35,14 @@ class Trainer:
     say: Callable[[str], None] = print
 
     def train(self, state: TrainingState) -> TrainingState:
-        """Trains from where ``state`` stands to the last step; collective.
+        """Trains from where ``state`` stands to the end; collective.
 
         Raises:
             Interrupted: after a checkpoint, if any rank was asked to stop.
             StageError: if too many steps in a row were not finite.
         """
         nonfinite = 0
-        while state.step < self.steps:
+        while not self._done(state):
             batch = self.data.at(state.step, state.consumed_samples)
             result = self._step(batch, state.step)
             healthy = result.applied or result.overflowed
@@ -61,22 +60,31 @@ class Trainer:
             stopping = self.stop.agreed(self.engine.device)
             if state.step == self.steps or state.step % self.checkpointing.every == 0:
                 state = self._validate(state)
-                self._save(state, wait=stopping or state.step == self.steps)
+                self._save(state, wait=stopping or self._done(state))
             elif stopping:
                 self._save(state, wait=True)
-            if stopping and state.step < self.steps:
+            if stopping and not self._done(state):
                 raise Interrupted(f"stopped after step {state.step}, with a checkpoint")
         return state
+
+    def _done(self, state: TrainingState) -> bool:
+        """Whether the last step is done, or too many validations brought nothing better."""
+        if state.step >= self.steps:
+            return True
+        every = self.checkpointing.every
+        if self.patience is None or state.best_step is None or state.step % every:
+            return False
+        return state.step - state.best_step >= self.patience * every
 
     def _step(self, batch: StepBatch, step: int) -> StepResult:
         places = rank_places(
             consumed=batch.first,
             global_batch=batch.size,
             micro_batch=self.micro_batch,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_ranks=parallel_state.get_data_parallel_world_size(),
+            data_rank=self.engine.data_rank,
+            data_ranks=self.engine.data_ranks,
         )
-        batches = [batch.samples.batch(own, self.engine.device) for own in places]
+        batches = [batch.batch(own, self.engine.device) for own in places]
         return self.engine.train_step(batches, self._learning_rate(step))
 
     def _learning_rate(self, step: int) -> float:
@@ -84,9 +92,7 @@ class Trainer:
 
     def _log_step(self, batch: StepBatch, state: TrainingState, result: StepResult) -> None:
         if self.log is not None:
-            flops = self.engine.architecture.flops_per_sample(
-                self.engine.vocabulary, batch.sequence_length
-            )
+            flops = self.engine.flops_per_sample(batch.sequence_length)
             self.log.step(
                 state.step,
                 batch.tokens,
@@ -130,14 +136,13 @@ class Trainer:
             return replace(state, best_loss=loss, best_step=state.step)
         return state
 
-    def validation_loss(self, samples: ValidationData) -> float:
+    def validation_loss(self, samples: ValidationSamples) -> float:
         """The mean loss a token over the validation samples; collective."""
-        data_ranks = parallel_state.get_data_parallel_world_size()
-        data_rank = parallel_state.get_data_parallel_rank()
+        data_ranks = self.engine.data_ranks
+        data_rank = self.engine.data_rank
         per_pass = self.micro_batch * data_ranks
         passes = -(-len(samples) // per_pass)
-        if self.engine.layout.virtual_pipeline > 1:
-            passes = -(-passes // self.engine.layout.pipeline) * self.engine.layout.pipeline
+        passes = -(-passes // self.engine.passes_multiple) * self.engine.passes_multiple
         own = range(data_rank, passes * per_pass, data_ranks)
         batches = [
             samples.batch(own[i : i + self.micro_batch], self.engine.device)

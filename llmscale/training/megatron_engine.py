@@ -1,9 +1,9 @@
 """The Megatron engine: owns a model, its optimizer and its parallelism."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,31 +18,19 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from llmscale.models.architecture import Architecture
+from llmscale.models.huggingface import export
 from llmscale.models.megatron import DTYPES, build_chunks, inner_model
 from llmscale.parallel.context import whole_sequence
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.probes import overlapped_gradient_reduction
 from llmscale.training import adam_state
 from llmscale.training.batches import ModelBatch
+from llmscale.training.engine import StepResult
+from llmscale.training.megatron_state import MegatronWriting, load_state, load_weights
 from llmscale.training.objectives import masked_sum
 from llmscale.training.settings import Optimizer, Precision, Recompute
 
 INITIAL_LOSS_SCALE, LOWEST_LOSS_SCALE = 2.0**16, 1.0
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step, as every rank knows it: loss a token, tokens, gradient norm, and if it counted.
-
-    ``overflowed``: the step was skipped because the fp16 loss scale was too high; it has been
-    lowered, as dynamic loss scaling does (Micikevicius et al. 2018, section 3.2).
-    """
-
-    loss: float
-    tokens: int
-    gradient_norm: float
-    applied: bool
-    overflowed: bool = False
 
 
 class MegatronEngine:
@@ -93,12 +81,44 @@ class MegatronEngine:
                     self.chunks,
                     use_gloo_process_groups=False,
                 )
+            for group in self._optimizer.param_groups:
+                group["weight_decay"] *= group["wd_mult"]  # 0 for norms and biases
             self.config.grad_scale_func = self._optimizer.scale_loss
             self.config.finalize_model_grads_func = finalize_gradients
             adam_state.prepare(self._optimizer)
         return self._optimizer
 
-    def train_step(self, batches: list[ModelBatch], learning_rate: float) -> StepResult:
+    @property
+    def data_rank(self) -> int:
+        return int(parallel_state.get_data_parallel_rank())
+
+    @property
+    def data_ranks(self) -> int:
+        return int(parallel_state.get_data_parallel_world_size())
+
+    @property
+    def passes_multiple(self) -> int:
+        return self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
+
+    def flops_per_sample(self, sequence_length: int) -> float:
+        return self.architecture.flops_per_sample(self.vocabulary, sequence_length)
+
+    def parameters(self) -> int:
+        return self.architecture.parameters(self.vocabulary)
+
+    def writing(self, folder: Path) -> MegatronWriting:
+        return MegatronWriting(self, folder)
+
+    def load(self, folder: Path) -> None:
+        load_state(self, folder)
+
+    def load_weights(self, folder: Path) -> None:
+        load_weights(self, folder)
+
+    def export(self, folder: Path) -> None:
+        export(self.chunks, self.architecture, self.vocabulary, folder)
+
+    def train_step(self, batches: Sequence[ModelBatch], learning_rate: float) -> StepResult:
         """Forward, backward and, if loss and gradients are finite, the update; collective.
 
         Args:
@@ -107,7 +127,7 @@ class MegatronEngine:
         loss_sum, tokens = self.backward(batches)
         return self.update(loss_sum, tokens, learning_rate)
 
-    def backward(self, batches: list[ModelBatch]) -> tuple[float, int]:
+    def backward(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
         """Gradients of the global batch, divided by its tokens; the summed loss and tokens."""
         optimizer = self.optimizer
         for chunk in self.chunks:
@@ -138,7 +158,7 @@ class MegatronEngine:
                 )
 
     @torch.no_grad()
-    def evaluate(self, batches: list[ModelBatch]) -> tuple[float, int]:
+    def evaluate(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
         """The summed loss and token count of a global batch, on every rank; collective."""
         for chunk in self.chunks:
             chunk.eval()
@@ -147,10 +167,10 @@ class MegatronEngine:
             chunk.train()
         return result
 
-    def _run(self, batches: list[ModelBatch], forward_only: bool) -> tuple[float, int]:
+    def _run(self, batches: Sequence[ModelBatch], forward_only: bool) -> tuple[float, int]:
         return self._total(self._pass(_forward_step, batches, forward_only=forward_only))
 
-    def _pass(self, step: Any, batches: list[ModelBatch], **options: Any) -> Any:
+    def _pass(self, step: Any, batches: Sequence[ModelBatch], **options: Any) -> Any:
         """The micro-batches through all stages, by the layout's schedule."""
         rank = parallel_state.get_context_parallel_rank()
         own = [batch.part(rank, self.layout.context) for batch in batches]
@@ -185,11 +205,13 @@ class MegatronEngine:
             None on ranks that are not of the last pipeline stage.
         """
         # The interleaved schedule needs as many micro-batches as there are stages.
-        passes = self.layout.pipeline if self.layout.virtual_pipeline > 1 else 1
         for chunk in self.chunks:
             chunk.eval()
         found: list[Tensor] = self._pass(
-            _logits_step, [batch] * passes, forward_only=True, collect_non_loss_data=True
+            _logits_step,
+            [batch] * self.passes_multiple,
+            forward_only=True,
+            collect_non_loss_data=True,
         )
         if not found:
             return None

@@ -171,3 +171,23 @@ class Health(Settings):
 
 
 Recompute = Literal["none", "selective", "full"]
+
+EngineName = Literal["megatron", "deepspeed"]
+
+
+class Zero(Settings):
+    """What DeepSpeed's ranks split among them (Rajbhandari et al. 2020).
+
+    ``stage``: 0 nothing, 1 the optimizer's state, 2 gradients, too, 3 weights, too. ``offload``
+    keeps the optimizer's state, or with it the weights, in the host's memory.
+    """
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    offload: Literal["none", "optimizer", "weights"] = "none"
+
+    def problems(self) -> Iterator[Problem]:
+        """What a stage cannot offload."""
+        if self.offload == "optimizer" and self.stage == 0:
+            yield Problem(("offload",), "stage 0 splits no optimizer; use stage 1, 2 or 3")
+        elif self.offload == "weights" and self.stage < 3:
+            yield Problem(("offload",), f"stage {self.stage} splits no weights; use stage 3")

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmscale.data.chat import TEMPLATES, encoded_conversation, prompt_text
+from llmscale.data.chat import encoded_conversation, prompt_text
 from llmscale.data.conversations import Conversation, Turn
 from llmscale.data.records import Malformed
+from llmscale.data.templates import TEMPLATES
 from llmscale.data.tokenizer import train_tokenizer
 
 MARKED_CHATML = """\

@@ -15,6 +15,8 @@ from llmscale.recipe.yaml_places import KeyPath, read_yaml, write_yaml
 from llmscale.settings import Settings
 from llmscale.stages import KINDS
 
+NAME = "own"
+"""Of what a recipe gives names to."""
 STAGES = {"prepare": "corpus", "evaluate": "evaluation"}
 MAY_BE_ZERO = {
     "gpus_per_node",
@@ -51,24 +53,29 @@ def parts(annotation: Any) -> list[Any]:
     return [annotation, *(part for inner in get_args(annotation) for part in parts(inner))]
 
 
-def keys(settings: type[Settings], owner: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    """Each key path below an owner, with its annotation."""
+def keys(
+    settings: type[Settings], owner: KeyPath, seen: set[type]
+) -> Iterator[tuple[KeyPath, Any]]:
+    """Each key path below an owner, with its annotation; those of a class seen before left out."""
     for name, field in settings.model_fields.items():
         path = (*owner, field.alias or name)
         yield path, field.annotation
         if name == "stages":
             continue
         for part in parts(field.annotation):
-            if isinstance(part, type) and issubclass(part, Settings):
-                listed = tuple in [getattr(p, "__origin__", p) for p in parts(field.annotation)]
-                yield from keys(part, (*path, "0") if listed else path)
+            if isinstance(part, type) and issubclass(part, Settings) and part not in seen:
+                seen.add(part)
+                origins = [getattr(p, "__origin__", p) for p in parts(field.annotation)]
+                within = ("0",) if tuple in origins else (NAME,) if dict in origins else ()
+                yield from keys(part, (*path, *within), seen)
                 break
 
 
 def every_key() -> Iterator[tuple[KeyPath, Any]]:
-    yield from keys(Recipe, ())
+    seen: set[type] = set()
+    yield from keys(Recipe, (), seen)
     for kind, settings in KINDS.items():
-        yield from keys(settings, ("stages", STAGES.get(kind, kind)))
+        yield from keys(settings, ("stages", STAGES.get(kind, kind)), seen)
 
 
 EVERY_KEY = list(every_key())
@@ -109,6 +116,14 @@ def plain(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     training = values["stages"]["pretrain"]
     training["batch"]["ramp"] = {"start": 8, "increment": 8, "samples": 100}
     training["curriculum"] = [{}]
+    values["stages"]["finetune"] = {
+        "kind": "finetune",
+        "start_from": "pretrain",
+        "data": {NAME: {"path": str(file)}},
+        "batch": {"global": 8, "micro": 1},
+        "optimizer": {"learning_rate": 1e-3},
+        "steps": 10,
+    }
     return values
 
 

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     ("words", "line"),
     [
         (["--on", "slurm"], "on SLURM a run is in a folder that all nodes share"),
-        (["sweep={stages.pretrain.steps: [8, 9]}"], "a sweep is in a folder"),
+        (["sweep={stages.pretrain.steps: [40, 41]}"], "a sweep is in a folder"),
     ],
 )
 def test_what_cannot_be_at_a_url_is_one_line(words: list[str], line: str) -> None:

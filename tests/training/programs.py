@@ -28,7 +28,7 @@ def logits_of_stage(job: Job, rank: int, rendezvous: str) -> None:
         engine = MegatronEngine(stage.architecture(), vocabulary, Layout(), stage.optimizer)
         checkpoints = Checkpoints(folder.stage("pretrain").checkpoints, 2)
         best = folder.stage("pretrain").manifest()["metrics"]["best_step"]
-        checkpoints.load_weights(engine, best)
+        engine.load_weights(checkpoints.path(best))
         logits = engine.logits(tokens_alone(torch.tensor(given["tokens"])))
         save_file({"logits": logits.contiguous()}, given["file"])
         ranks.answer(job, rank, "done")

@@ -129,7 +129,7 @@ def test_no_sample_is_read_twice_before_its_corpus_is_read_whole() -> None:
     consumed, read = 0, []
     for step in range(9):
         now = data.at(step, consumed)
-        tokens_bs = now.samples.batch(now.places, CPU).tokens_bs
+        tokens_bs = now.batch(now.places, CPU).tokens_bs
         assert tokens_bs.shape == (now.size, now.sequence_length)
         if now.sequence_length == 16:
             read += [now.samples.name(place) for place in now.places]

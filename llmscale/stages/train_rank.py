@@ -1,6 +1,7 @@
-"""One pretraining rank, from its settings to an exported model: the build order, a line a step."""
+"""One training rank, from its settings to an exported model: the build order, a line a step."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -9,21 +10,19 @@ from llmscale.artifacts import StageFolder, publish_folder, read_json, write_jso
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.mirror import Mirror
-from llmscale.models.huggingface import HuggingFaceWeights, export, fill
 from llmscale.parallel.layout import Layout
-from llmscale.parallel.probes import require_precision
 from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
-from llmscale.stages.imported import is_import, load_imported
-from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
-from llmscale.stages.tokens import training_data, validation_data
+from llmscale.stages.engines import FirstWeights, Trained, TrainedModel, built_engine
 from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState, first_of_folder
+from llmscale.training.data import TrainingData, ValidationSamples
+from llmscale.training.engine import Engine
 from llmscale.training.log import TrainingLog
 from llmscale.training.loop import Trainer
-from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.peak import peak_flops
 from llmscale.training.signals import listening
 
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,11 +31,29 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
 
-def pretrain(stage: Pretrain, workspace: Workspace) -> None:
+@dataclass(frozen=True)
+class Course:
+    """What a stage trains: a model from its first weights on, with some data, for some steps.
+
+    Attributes:
+        start_from: a Hugging Face folder or an import with the first weights; None for weights
+            from the seed.
+        patience: after how many validations without a better loss training ends.
+    """
+
+    model: TrainedModel
+    start_from: Path | None
+    data: TrainingData
+    validation: ValidationSamples | None
+    steps: int
+    patience: int | None = None
+
+
+def train(stage: Trained, workspace: Workspace, course: Course) -> None:
     """Trains and exports the best checkpoint; every rank of the task calls it."""
     with (
         listening() as stop,
@@ -49,68 +66,43 @@ def pretrain(stage: Pretrain, workspace: Workspace) -> None:
         ) as world,
         process_groups(stage.parallel, workspace.seed),
     ):
-        require_precision(stage.precision, workspace.device)
-        vocabulary = read_json(workspace.folder.path / ABOUT_TOKENS)["vocabulary"]
-        engine = MegatronEngine(
-            stage.architecture(),
-            vocabulary,
-            stage.parallel,
-            stage.optimizer,
-            precision=stage.precision,
-            recompute=stage.recompute,
-            device=workspace.device,
-        )
         say = print if world.first else _silent
         checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
-        state = _restored_or_initial(stage, workspace, engine, checkpoints)
-        log = _log(stage, workspace, world, state)
-        trainer = Trainer(
-            engine=engine,
-            data=training_data(stage, workspace),
-            validation=validation_data(stage, workspace),
-            steps=stage.steps,
-            micro_batch=stage.batch.micro,
-            checkpointing=stage.checkpoint,
-            health=stage.health,
-            checkpoints=checkpoints,
-            stop=stop,
-            log=log,
-            say=say,
-        )
-        try:
-            state = trainer.train(state)
-        finally:
-            if log is not None:
-                log.close()
-        export_best(stage, workspace, engine, checkpoints, state)
+        newest = checkpoints.newest_whole()
+        first_weights = FirstWeights(course.start_from, workspace.seed, left_out=newest is not None)
+        with built_engine(
+            stage, course.model, first_weights, stage.parallel, workspace.device
+        ) as engine:
+            state = TrainingState() if newest is None else checkpoints.load(engine, newest)
+            log = _log(stage, course, workspace, world, state)
+            trainer = Trainer(
+                engine=engine,
+                data=course.data,
+                validation=course.validation,
+                steps=course.steps,
+                patience=course.patience,
+                micro_batch=stage.batch.micro,
+                checkpointing=stage.checkpoint,
+                health=stage.health,
+                checkpoints=checkpoints,
+                stop=stop,
+                log=log,
+                say=say,
+            )
+            try:
+                state = trainer.train(state)
+            finally:
+                if log is not None:
+                    log.close()
+            _export_best(course, workspace, engine, checkpoints, state)
 
 
 def _silent(_line: str) -> None:
     pass
 
 
-def _restored_or_initial(
-    stage: Pretrain, workspace: Workspace, engine: MegatronEngine, checkpoints: Checkpoints
-) -> TrainingState:
-    newest = checkpoints.newest_whole()
-    if newest is not None:
-        return checkpoints.load(engine, newest)
-    set_initial_weights(stage, workspace.seed, engine)
-    return TrainingState()
-
-
-def set_initial_weights(stage: Pretrain, seed: int, engine: MegatronEngine) -> None:
-    """Weights from the folder the stage starts from, else from the seed."""
-    folder = Path(stage.start_from) if stage.start_from else None
-    if folder is not None and is_import(folder):
-        load_imported(engine, folder)
-    else:
-        source = seed if folder is None else HuggingFaceWeights(folder)
-        fill(engine.chunks, engine.architecture, engine.vocabulary, source)
-
-
 def _log(
-    stage: Pretrain, workspace: Workspace, world: World, state: TrainingState
+    stage: Trained, course: Course, workspace: Workspace, world: World, state: TrainingState
 ) -> TrainingLog | None:
     """The log of rank 0; the peak is measured while the other ranks wait."""
     log = None
@@ -121,7 +113,7 @@ def _log(
         log = TrainingLog(
             workspace.folder,
             workspace.progress,
-            steps=stage.steps,
+            steps=course.steps,
             resumed_step=state.step,
             peak_flops=peak,
         )
@@ -129,10 +121,10 @@ def _log(
     return log
 
 
-def export_best(
-    stage: Pretrain,
+def _export_best(
+    course: Course,
     workspace: Workspace,
-    engine: MegatronEngine,
+    engine: Engine,
     checkpoints: Checkpoints,
     state: TrainingState,
 ) -> None:
@@ -141,22 +133,22 @@ def export_best(
     if best != state.step and not checkpoints.whole(best):
         best = state.step
     if best != state.step:
-        checkpoints.load_weights(engine, best)
+        engine.load_weights(checkpoints.path(best))
     if dist.get_rank() == 0 and (mirror := Mirror.of(workspace.folder.path.parent)) is not None:
         mirror.clear(f"{workspace.folder.path.name}/{workspace.folder.hf.name}")
     first_here = first_of_folder(workspace.folder.path)
-    export_folder(engine, workspace.folder.hf, workspace.inputs["tokenizer"], first_here)
+    export_folder(engine, course.model, workspace.folder.hf, first_here)
     if dist.get_rank() == 0:
         workspace.folder.add_metrics(
             steps=state.step,
             tokens_seen=state.tokens,
             best_step=best,
             validation_loss=state.best_loss,
-            parameters=engine.architecture.parameters(engine.vocabulary),
+            parameters=engine.parameters(),
         )
 
 
-def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path, first_here: bool) -> None:
+def export_folder(engine: Engine, model: TrainedModel, target: Path, first_here: bool) -> None:
     """Writes a Hugging Face folder with its tokenizer, whole or not at all; collective.
 
     Args:
@@ -169,11 +161,13 @@ def export_folder(engine: MegatronEngine, target: Path, tokenizer: Path, first_h
         beside.mkdir(parents=True)
     if dist.get_rank() == 0:
         for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copy(tokenizer / name, beside / name)
+            if (model.tokenizer / name).is_file():
+                shutil.copy(model.tokenizer / name, beside / name)
+        if model.chat_template is not None:
+            (beside / CHAT_TEMPLATE).write_text(model.chat_template, encoding="utf-8")
     dist.barrier()
-    export(engine.chunks, engine.architecture, engine.vocabulary, beside)
-    if dist.get_rank() == 0 and engine.architecture.decoders:
+    engine.export(beside)
+    if dist.get_rank() == 0 and model.architecture.decoders:
         _name_special_tokens(beside)
     dist.barrier()
     if first_here:
@@ -190,7 +184,13 @@ def _name_special_tokens(folder: Path) -> None:
 
 
 def export_at_one_rank(
-    stage: Pretrain, folder: StageFolder, tokenizer: Path, target: Path, rendezvous: str
+    stage: Trained,
+    model: TrainedModel,
+    start_from: Path | None,
+    *,
+    folder: StageFolder,
+    target: Path,
+    rendezvous: str,
 ) -> int:
     """Exports the best whole checkpoint, whatever layout it was saved at, in this process.
 
@@ -204,7 +204,6 @@ def export_at_one_rank(
         joined_world(rank=0, ranks=1, rendezvous=rendezvous, device="cpu"),
         process_groups(Layout(), seed=0),
     ):
-        vocabulary = (read_json(folder.path / ABOUT_TOKENS) or {}).get("vocabulary", 0)
         checkpoints = Checkpoints(folder.checkpoints, stage.checkpoint.keep)
         newest = checkpoints.newest_whole()
         if newest is None:
@@ -212,9 +211,8 @@ def export_at_one_rank(
         best = read_json(checkpoints.path(newest) / STATE)["best_step"] or newest
         if best != newest and not checkpoints.whole(best):
             best = newest
-        engine = MegatronEngine(
-            stage.architecture(), vocabulary, Layout(), stage.optimizer, precision=stage.precision
-        )
-        checkpoints.load_weights(engine, best)
-        export_folder(engine, target, tokenizer, first_here=True)
+        first_weights = FirstWeights(start_from, seed=0, left_out=True)
+        with built_engine(stage, model, first_weights, Layout(), "cpu") as engine:
+            engine.load_weights(checkpoints.path(best))
+            export_folder(engine, model, target, first_here=True)
         return best

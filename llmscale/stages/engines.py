@@ -1,0 +1,133 @@
+"""The engine a recipe asks for, its model built and its first weights set."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from llmscale.clusters.devices import require_engine
+from llmscale.errors import RecipeError
+from llmscale.models.architecture import Architecture
+from llmscale.models.huggingface import HuggingFaceWeights, fill
+from llmscale.parallel.layout import Layout
+from llmscale.parallel.probes import require_precision
+from llmscale.stages.imported import is_import, load_imported
+from llmscale.training.engine import Engine
+from llmscale.training.megatron_engine import MegatronEngine
+from llmscale.training.settings import (
+    Batch,
+    Checkpointing,
+    EngineName,
+    Health,
+    Optimizer,
+    Precision,
+    Recompute,
+    Zero,
+)
+
+
+class Trained(Protocol):
+    """What the settings of every stage that trains say."""
+
+    @property
+    def engine(self) -> EngineName: ...
+    @property
+    def zero(self) -> Zero: ...
+    @property
+    def parallel(self) -> Layout: ...
+    @property
+    def batch(self) -> Batch: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def recompute(self) -> Recompute: ...
+    @property
+    def checkpoint(self) -> Checkpointing: ...
+    @property
+    def health(self) -> Health: ...
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model that is trained, and what goes with it into its Hugging Face folder.
+
+    Attributes:
+        tokenizer: the folder that has the tokenizer.
+        chat_template: in Jinja, if there is one beside the tokenizer's own.
+    """
+
+    architecture: Architecture
+    vocabulary: int
+    tokenizer: Path
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """Where a model's first weights come from.
+
+    Attributes:
+        folder: a Hugging Face folder or an import; None for weights from the seed.
+        left_out: whether a checkpoint is loaded instead, and they need not be set.
+    """
+
+    folder: Path | None
+    seed: int
+    left_out: bool = False
+
+
+@contextmanager
+def built_engine(
+    stage: Trained, model: TrainedModel, first: FirstWeights, layout: Layout, device: str
+) -> Iterator[Engine]:
+    """The engine, at a layout whose process groups are there; collective.
+
+    Raises:
+        MachineError: if the machine lacks the precision.
+        RecipeError: if the first weights cannot be used.
+    """
+    require_precision(stage.precision, device)
+    if stage.engine == "megatron":
+        engine = MegatronEngine(
+            model.architecture,
+            model.vocabulary,
+            layout,
+            stage.optimizer,
+            precision=stage.precision,
+            recompute=stage.recompute,
+            device=device,
+        )
+        if not first.left_out:
+            set_first_weights(engine, first)
+        yield engine
+        return
+    require_engine(stage.engine)
+    from llmscale.training.deepspeed_engine import DeepSpeedEngine, loaded_model
+
+    if first.folder is None or is_import(first.folder):
+        raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")
+    zero_engine = DeepSpeedEngine(
+        loaded_model(first.folder, model.architecture, stage.zero, stage.recompute, device),
+        model.architecture,
+        stage.zero,
+        stage.optimizer,
+        precision=stage.precision,
+        device=device,
+    )
+    try:
+        yield zero_engine
+    finally:
+        zero_engine.close()
+
+
+def set_first_weights(engine: MegatronEngine, first: FirstWeights) -> None:
+    """Weights from a Hugging Face folder or an import, else from the seed."""
+    folder = first.folder
+    if folder is not None and is_import(folder):
+        load_imported(engine, folder)
+    else:
+        source = first.seed if folder is None else HuggingFaceWeights(folder)
+        fill(engine.chunks, engine.architecture, engine.vocabulary, source)

@@ -1,0 +1,197 @@
+"""Instruction data as examples on disk: made once, before training starts."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmscale.artifacts import StageFolder, new_folder, read_json, write_json
+from llmscale.data.chat import Example, encoded_conversation
+from llmscale.data.conversations import conversation
+from llmscale.data.examples import Examples, ExampleSamples, write_examples
+from llmscale.data.records import Intake, Malformed
+from llmscale.data.split import position
+from llmscale.data.tokenizer import load_tokenizer
+from llmscale.errors import RecipeError
+from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+from llmscale.settings import shown
+from llmscale.stages.base import Workspace
+from llmscale.stages.engines import TrainedModel
+from llmscale.stages.finetune import ABOUT_EXAMPLES, DataSet, FewOfEach, Finetune
+from llmscale.stages.train_rank import Course
+from llmscale.training.data import TrainingData
+from llmscale.training.supervised import Supervised, SupervisedSamples, SupervisedValidation
+
+LENGTH_MULTIPLE = 8
+SPLITS = ("train", "validation")
+
+
+def make_examples(stage: Finetune, workspace: Workspace) -> None:
+    """Writes ``examples/NAME/train.safetensors`` and ``.../validation...`` of each data set.
+
+    Raises:
+        RecipeError: if a record is malformed and that is refused, or none is left to train on.
+    """
+    model = workspace.inputs["start_from"]
+    tokenizer = load_tokenizer(model)
+    template = _template(stage, model, tokenizer)
+    intake = Intake()
+    sets = {
+        name: split_examples(
+            list(_examples(one, intake, tokenizer, template, room(stage, model), workspace.seed)),
+            stage.validation_fraction,
+            workspace.seed,
+        )
+        for name, one in stage.data.items()
+    }
+    folder = workspace.folder
+    folder.path.mkdir(parents=True, exist_ok=True)
+    intake.close(folder.path, stage.malformed, f"stages.{folder.path.name}.malformed")
+    for name, splits in sets.items():
+        if not splits["train"]:
+            raise RecipeError(f"{name} has no example to train on; give records that can be used")
+    counts = {
+        name: {split: len(examples) for split, examples in splits.items()}
+        for name, splits in sets.items()
+    }
+    with new_folder(folder.path / Path(ABOUT_EXAMPLES).parent) as beside:
+        for name, splits in sets.items():
+            (beside / name).mkdir()
+            for split, examples in splits.items():
+                write_examples(examples, _file(beside, name, split))
+        padding = tokenizer.pad_token_id
+        about = {
+            "padding": tokenizer.eos_token_id if padding is None else padding,
+            "template": template,
+            "examples": counts,
+        }
+        write_json(beside / Path(ABOUT_EXAMPLES).name, about)
+    folder.add_metrics(examples=counts, malformed=intake.counts())
+
+
+def room(stage: Finetune, model: Path) -> int:
+    """Tokens a sample has at most."""
+    return stage.sequence_length or read_architecture(model).sequence_length
+
+
+def _template(stage: Finetune, model: Path, tokenizer: Any) -> str:
+    template = stage.template_text() or tokenizer.chat_template
+    if template is None:
+        raise RecipeError(f"{model}: the model has no chat template; set template: chatml")
+    return str(template)
+
+
+def _file(folder: Path, name: str, split: str) -> Path:
+    return folder / name / f"{split}.safetensors"
+
+
+def _examples(
+    one: DataSet, intake: Intake, tokenizer: Any, template: str, most: int, seed: int
+) -> Iterator[Example]:
+    made: list[tuple[Example, str]] = []
+
+    def make(record: dict[str, Any]) -> tuple[Example, str]:
+        example = encoded_conversation(conversation(record), tokenizer, template)
+        if len(example) > most:
+            raise Malformed("longer than the sequence", f"{len(example)} tokens, above {most}")
+        return example, _class(record, one.few)
+
+    for file in one.files():
+        made += [pair for _, pair in intake.made(make, file)]
+    yield from _few(made, one.few, seed) if one.few else (example for example, _ in made)
+
+
+def _class(record: Mapping[str, Any], few: FewOfEach | None) -> str:
+    if few is None:
+        return ""
+    if few.class_key not in record:
+        raise Malformed("missing field", few.class_key)
+    return shown(record[few.class_key])
+
+
+def _few(made: list[tuple[Example, str]], few: FewOfEach, seed: int) -> Iterator[Example]:
+    """The first so many of each class, in an order that the seed gives."""
+    classes: defaultdict[str, list[Example]] = defaultdict(list)
+    for example, name in sorted(made, key=lambda pair: _position(pair[0], seed)):
+        if len(classes[name]) < few.examples:
+            classes[name].append(example)
+            yield example
+
+
+def _position(example: Example, seed: int) -> float:
+    return position(example.tokens_n.tobytes().hex(), seed)
+
+
+def split_examples(examples: list[Example], fraction: float, seed: int) -> dict[str, list[Example]]:
+    """Examples by split; equal ones fall on the same side.
+
+    Where the fraction is above 0 but leaves validation empty, the example of lowest position
+    goes there.
+    """
+    placed = [(_position(example, seed), example) for example in examples]
+    lowest = min((place for place, _ in placed), default=0.0)
+    threshold = max(fraction, math.nextafter(lowest, 1.0)) if fraction > 0 else 0.0
+    return {
+        "train": [example for place, example in placed if place >= threshold],
+        "validation": [example for place, example in placed if place < threshold],
+    }
+
+
+def fine_tuned(folder: StageFolder, start_from: Path) -> TrainedModel:
+    """The model that a stage of fine-tuning trains, once its examples are made."""
+    return TrainedModel(
+        architecture=read_architecture(start_from),
+        vocabulary=read_vocabulary(start_from),
+        tokenizer=start_from,
+        chat_template=(read_json(folder.path / ABOUT_EXAMPLES) or {}).get("template"),
+    )
+
+
+def fine_tuning(stage: Finetune, workspace: Workspace) -> Course:
+    """What a stage of fine-tuning trains."""
+    model = workspace.inputs["start_from"]
+    about = read_json(workspace.folder.path / ABOUT_EXAMPLES)
+    objective = Supervised(
+        padding=about["padding"],
+        room=room(stage, model),
+        multiple=math.lcm(LENGTH_MULTIPLE, stage.parallel.tensor * 2 * stage.parallel.context),
+        several=stage.packing,
+    )
+    sources = {name: _samples(stage, workspace, name, "train") for name in stage.data}
+    held_out = [
+        _samples(stage, workspace, name, "validation")
+        for name, counts in about["examples"].items()
+        if counts["validation"]
+    ]
+    return Course(
+        model=fine_tuned(workspace.folder, model),
+        start_from=model,
+        data=TrainingData(stage.batch, [SupervisedSamples(sources, stage.weights(), objective)]),
+        validation=SupervisedValidation(held_out, stage.validation.samples, objective)
+        if held_out
+        else None,
+        steps=stage.steps or _steps(stage, sum(map(len, sources.values()))),
+        patience=stage.early_stopping.patience if stage.early_stopping else None,
+    )
+
+
+def _samples(stage: Finetune, workspace: Workspace, name: str, split: str) -> ExampleSamples:
+    folder = workspace.folder.path / Path(ABOUT_EXAMPLES).parent
+    examples = Examples(_file(folder, name, split))
+    most = room(stage, workspace.inputs["start_from"])
+    return ExampleSamples(examples, most, stage.packing, workspace.seed)
+
+
+def _steps(stage: Finetune, samples: int) -> int:
+    """The steps of the epochs, the last one counted whole.
+
+    Raises:
+        RecipeError: if the schedule does not fit into them.
+    """
+    wanted, steps = stage.epochs * samples, 0  # type: ignore[operator]
+    while (read := stage.batch.consumed(steps)) < wanted:
+        steps += max(1, math.ceil((wanted - read) / stage.batch.global_))
+    for problem in stage.optimizer.problems(steps):
+        raise RecipeError(f"{'.'.join(('optimizer', *problem.path))}: {problem.message}")
+    return steps

@@ -1,0 +1,199 @@
+"""Fine-tuning a model on instruction data: it learns what assistants say."""
+
+import glob
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from llmscale.artifacts import version_of
+from llmscale.clusters.base import ClusterSettings, Task
+from llmscale.data.blend import whole_shares
+from llmscale.data.records import OnMalformed
+from llmscale.data.templates import TEMPLATES
+from llmscale.errors import RecipeError
+from llmscale.models.architecture import Architecture
+from llmscale.models.huggingface_config import read_architecture
+from llmscale.parallel.layout import Layout
+from llmscale.settings import NOT_IDENTITY, Problem, Settings, under
+from llmscale.stages.base import (
+    MODEL_FILES,
+    Link,
+    RecipePattern,
+    RecipeView,
+    Stage,
+    StageOrFolder,
+    Workspace,
+    is_file,
+)
+from llmscale.stages.layouts import engine_problems, layout_problems, training_task
+from llmscale.stages.pretrain import Pretrain
+from llmscale.training.settings import (
+    Batch,
+    Checkpointing,
+    EngineName,
+    Health,
+    Optimizer,
+    Precision,
+    Recompute,
+    Validation,
+    Zero,
+)
+
+ABOUT_EXAMPLES = "examples/examples.json"
+"""The file in a stage's folder that says what its examples are, and that they are whole."""
+
+Template = Literal["chatml", "alpaca", "plain"]
+
+
+class FewOfEach(Settings):
+    """So many examples of each class alone; which ones, the seed decides.
+
+    ``class_key`` is the key of a record that holds its class.
+    """
+
+    examples: PositiveInt
+    class_key: str
+
+
+class DataSet(Settings):
+    """Files of records: Alpaca's, chat messages, or prompts with responses.
+
+    ``weight`` is the set's part of the samples, beside the other sets'.
+    """
+
+    path: RecipePattern
+    weight: PositiveFloat = 1.0
+    few: FewOfEach | None = None
+
+    def files(self) -> list[Path]:
+        """The files the pattern names, sorted."""
+        return sorted(Path(name) for name in glob.glob(self.path, recursive=True) if is_file(name))
+
+
+class EarlyStopping(Settings):
+    """After ``patience`` validations in a row without a better loss training ends."""
+
+    patience: PositiveInt
+
+
+class Finetune(Stage):
+    """``kind: finetune``. Gives ``checkpoints/`` and, of the best one, ``hf/``.
+
+    ``template`` turns conversations into text; left out, it is the model's own. The tokens that
+    assistants say are learned. ``packing`` puts several examples into a sample, which do not
+    see each other. A record that cannot be used is refused, or skipped and counted, as
+    ``malformed`` says. Training lasts ``steps``, or ``epochs`` of all data sets together.
+    """
+
+    kind: Literal["finetune"]
+    start_from: StageOrFolder
+    data: dict[str, DataSet] = Field(min_length=1)
+    template: Template | None = None
+    sequence_length: PositiveInt | None = None
+    packing: bool = False
+    malformed: OnMalformed = "refuse"
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    engine: EngineName = "megatron"
+    zero: Annotated[Zero, NOT_IDENTITY] = Zero()
+    parallel: Annotated[Layout, NOT_IDENTITY] = Layout()
+    batch: Batch
+    optimizer: Optimizer
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    precision: Precision = "fp32"
+    recompute: Annotated[Recompute, NOT_IDENTITY] = "none"
+    checkpoint: Checkpointing = Checkpointing()
+    validation: Validation = Validation()
+    early_stopping: EarlyStopping | None = None
+    health: Health = Health()
+
+    product: ClassVar[str] = "hf"
+    about: ClassVar[str] = ABOUT_EXAMPLES
+    links: ClassVar[Mapping[str, Link]] = {
+        "start_from": Link(("pretrain", "finetune"), or_folder=True, folder_holds=MODEL_FILES),
+    }
+
+    @field_validator("data")
+    @classmethod
+    def _weights_that_repeat(cls, data: dict[str, DataSet]) -> dict[str, DataSet]:
+        whole_shares({name: one.weight for name, one in data.items()})
+        return data
+
+    def weights(self) -> dict[str, float]:
+        """Each data set's part of the samples."""
+        return {name: one.weight for name, one in self.data.items()}
+
+    def problems(self, view: RecipeView) -> Iterator[Problem]:
+        for name, one in self.data.items():
+            if not one.files():
+                yield Problem(
+                    ("data", name, "path"),
+                    f"no file matches {one.path}; give the path of a file of records, from the "
+                    "recipe's folder on",
+                )
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither is given" if self.steps is None else "both are given"
+            yield Problem((), f"give either steps or epochs, not both; {given}")
+        elif self.steps is not None:
+            yield from under("optimizer", self.optimizer.problems(self.steps))
+        try:
+            architecture = architecture_of(self.start_from, view.stages)
+        except RecipeError as error:
+            yield Problem(("start_from",), str(error))
+            return
+        yield from self._model_problems(architecture, view)
+
+    def _model_problems(self, architecture: Architecture, view: RecipeView) -> Iterator[Problem]:
+        if architecture.traits.objective != "causal":
+            yield Problem(
+                ("start_from",),
+                f"{architecture.family} does not go on from a text, so it cannot answer; use a "
+                "decoder, such as llama",
+            )
+            return
+        longest, wanted = architecture.sequence_length, self.sequence_length
+        if wanted is not None and wanted > longest:
+            yield Problem(
+                ("sequence_length",),
+                f"{wanted} is above the model's {longest}; use at most {longest}",
+            )
+            return
+        yield from layout_problems(architecture, self.parallel, self.batch, view.cluster, wanted)
+        yield from engine_problems(self, architecture, view.cluster)
+
+    def sources(self) -> list[object]:
+        return [
+            [str(file), *version_of(file)] for one in self.data.values() for file in one.files()
+        ]
+
+    def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
+        return (Task("examples"), training_task(self.parallel, self.batch, cluster))
+
+    def template_text(self) -> str | None:
+        """The chosen template, in Jinja."""
+        return None if self.template is None else TEMPLATES[self.template]
+
+    def run(self, task: str, workspace: Workspace) -> None:
+        from llmscale.stages.examples import fine_tuning, make_examples
+        from llmscale.stages.train_rank import train
+
+        if task == "train":
+            train(self, workspace, fine_tuning(self, workspace))
+        elif not (workspace.folder.path / ABOUT_EXAMPLES).exists():
+            make_examples(self, workspace)
+
+
+def architecture_of(model: str, stages: Mapping[str, Stage]) -> Architecture:
+    """The architecture of a model that a stage or a folder has.
+
+    Raises:
+        RecipeError: if a folder's ``config.json`` cannot be used.
+    """
+    stage = stages.get(model)
+    if isinstance(stage, Pretrain):
+        return stage.architecture()
+    if isinstance(stage, Finetune):
+        return architecture_of(stage.start_from, stages)
+    return read_architecture(Path(model))

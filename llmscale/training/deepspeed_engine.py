@@ -1,0 +1,332 @@
+"""The DeepSpeed engine: any model of transformers, its state split over the ranks by ZeRO.
+
+ZeRO (Rajbhandari et al. 2020): stage 1 splits the optimizer's state, 2 the gradients, too, 3 the
+weights, too. Shape legend: b samples, s tokens a sample, v vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.utils import safe_set_full_grad
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from llmscale.errors import RecipeError
+from llmscale.models.architecture import Architecture
+from llmscale.training.batches import ModelBatch, SpanBatch, TokenBatch
+from llmscale.training.deepspeed_setup import deepspeed
+from llmscale.training.deepspeed_state import (
+    DeepSpeedWriting,
+    load_state,
+    load_weights,
+    prepare_moments,
+)
+from llmscale.training.engine import StepResult
+from llmscale.training.objectives import masked_sum
+from llmscale.training.settings import Optimizer, Precision, Recompute, Zero
+
+BUCKET_ELEMENTS = 2**24
+MODEL_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "spans": "AutoModelForSeq2SeqLM",
+}
+"""transformers' class for each objective."""
+
+
+def deepspeed_settings(zero: Zero, gradient_clip: float) -> dict[str, Any]:
+    """What DeepSpeed is told; batch sizes and schedules are not its business."""
+    to_host = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": gradient_clip if zero.stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "overlap_comm": torch.cuda.is_available(),
+            **({} if zero.offload == "none" else {"offload_optimizer": to_host}),
+            **({"offload_param": to_host} if zero.offload == "weights" else {}),
+        },
+    }
+
+
+def loaded_model(
+    folder: Path, architecture: Architecture, zero: Zero, recompute: Recompute, device: str
+) -> nn.Module:
+    """A Hugging Face folder's model in fp32; under ZeRO 3, but for T5, never whole on a rank.
+
+    Raises:
+        RecipeError: if transformers cannot load it.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    model_class = getattr(transformers, MODEL_CLASSES[architecture.traits.objective])
+    # transformers partitions while such an object lives; T5's untied tables it would tie then
+    partitioned = zero.stage == 3 and architecture.traits.objective != "spans"
+    partitioning = HfDeepSpeedConfig(deepspeed_settings(zero, 0.0)) if partitioned else None
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        _leave_out_dropout(config)
+        model: nn.Module = model_class.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, **local
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise RecipeError(f"{folder}: cannot be loaded: {cause}") from None
+    finally:
+        del partitioning
+    if recompute == "full":
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    return model.train() if partitioned else model.to(device).train()
+
+
+def _leave_out_dropout(config: Any) -> None:
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, 0.0)
+
+
+class DeepSpeedEngine:
+    """A model in DeepSpeed's engine, with PyTorch's AdamW.
+
+    Args:
+        model: on the engine's device, with its first weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        zero: Zero,
+        optimizer: Optimizer,
+        *,
+        precision: Precision = "fp32",
+        device: str = "cpu",
+    ) -> None:
+        self.architecture, self.zero, self.settings = architecture, zero, optimizer
+        self.device, self.precision = torch.device(device), precision
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=trainable,
+            optimizer=_adam(trainable, optimizer),
+            config=deepspeed_settings(zero, optimizer.gradient_clip),
+            dist_init_required=False,
+        )
+        prepare_moments(self)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself; under ZeRO 3 its parameters are partitioned."""
+        model: nn.Module = self.engine.module
+        return model
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer, or under ZeRO 0 PyTorch's own."""
+        return self.engine.optimizer
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's."""
+        return self.zero.stage
+
+    @cached_property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name; tied ones once."""
+        named = self.model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    @property
+    def data_rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def data_ranks(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def passes_multiple(self) -> int:
+        return 1
+
+    def flops_per_sample(self, sequence_length: int) -> float:
+        vocabulary: Any = self.model.config.vocab_size  # type: ignore[union-attr]
+        return self.architecture.flops_per_sample(vocabulary, sequence_length)
+
+    def parameters(self) -> int:
+        return sum(math.prod(whole_shape(one)) for one in self.model.parameters())
+
+    def train_step(self, batches: Sequence[ModelBatch], learning_rate: float) -> StepResult:
+        loss_sum, tokens = self.backward(batches)
+        return self.update(loss_sum, tokens, learning_rate)
+
+    def backward(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
+        """Gradients of the global batch, divided by its tokens; the summed loss and tokens.
+
+        Every rank gives equally many micro-batches; one may have no token that counts.
+        """
+        tokens = int(self._total(sum(float(batch.mask_bs.sum()) for batch in batches)))
+        scale = dist.get_world_size() / max(tokens, 1)  # DeepSpeed takes the mean over ranks
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            loss = self._loss_sum(batch)
+            total += loss.detach().double()
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+        return self._total(float(total)), tokens
+
+    def _loss_sum(self, batch: ModelBatch) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
+            logits_bsv = self.engine(**self._inputs(batch)).logits
+        losses_t = cross_entropy(
+            logits_bsv.float().flatten(0, 1), batch.labels_bs.flatten(), reduction="none"
+        )
+        return masked_sum(losses_t.view_as(batch.mask_bs), batch.mask_bs)[0]
+
+    def _inputs(self, batch: ModelBatch) -> dict[str, Any]:
+        if isinstance(batch, SpanBatch):
+            return {
+                "input_ids": batch.inputs_bs,
+                "decoder_input_ids": batch.decoder_inputs_bt,
+                "use_cache": False,
+            }
+        causal = self.architecture.traits.objective == "causal"
+        return {
+            "input_ids": batch.tokens_bs,
+            "position_ids": batch.positions_bs,
+            "attention_mask": _own_document(batch, causal),
+            **({"use_cache": False} if causal else {}),
+        }
+
+    def update(self, loss_sum: float, tokens: int, learning_rate: float) -> StepResult:
+        """Applies the gradients that ``backward`` left, if all is finite; collective."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._step(discard=not math.isfinite(loss_sum))
+        return StepResult(loss_sum / max(tokens, 1), tokens, norm, math.isfinite(norm))
+
+    def _step(self, discard: bool) -> float:
+        """Updates the weights, or clears gradients that are to be discarded or not finite.
+
+        Returns:
+            the gradient norm before clipping; infinite if nothing was applied.
+        """
+        if self.stage == 0:
+            return self._step_without_zero(discard)
+        if discard:
+            self._spoil_gradients()
+        self.engine.step()
+        applied = self.engine.was_step_applied()
+        return float(self.engine.get_global_grad_norm()) if applied else math.inf
+
+    def _step_without_zero(self, discard: bool) -> float:
+        parameters = list(self.trainable.values())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if discard or not torch.isfinite(norm):
+            self.engine.zero_grad()
+            return math.inf
+        if self.settings.gradient_clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip, norm)
+        self.engine.step()
+        return float(norm)
+
+    def _spoil_gradients(self) -> None:
+        """Makes ZeRO skip the step and clear what it has accumulated, as on an overflow."""
+        parameter = next(iter(self.trainable.values()))
+        spoilt = torch.full(whole_shape(parameter), math.nan, device=parameter.device)
+        safe_set_full_grad(parameter, spoilt)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
+        self.engine.eval()
+        total = sum(float(self._loss_sum(batch)) for batch in batches)
+        self.engine.train()
+        tokens = sum(float(batch.mask_bs.sum()) for batch in batches)
+        return self._total(total), int(self._total(tokens))
+
+    def _total(self, value: float) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def writing(self, folder: Path) -> DeepSpeedWriting:
+        return DeepSpeedWriting(self, folder)
+
+    def load(self, folder: Path) -> None:
+        load_state(self, folder)
+
+    def load_weights(self, folder: Path) -> None:
+        load_weights(self, folder)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, whole, on every rank, one at a time; collective."""
+        for name, parameter in self.model.named_parameters():
+            with self.gathered(parameter):
+                yield name, parameter.detach()
+
+    @contextmanager
+    def gathered(self, parameter: nn.Parameter, changed_by: int | None = None) -> Iterator[None]:
+        """The parameter whole within; all ranks take the changes of the rank ``changed_by``."""
+        whole: Any = nullcontext()
+        if self.stage == 3:
+            whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=changed_by)
+        with whole:
+            yield
+
+    def export(self, folder: Path) -> None:
+        keep = dist.get_rank() == 0
+        weights = {name: one.cpu().clone() for name, one in self.whole_weights() if keep}
+        if keep:
+            self.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        dist.barrier()
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks and buffers, so that the memory is freed."""
+        self.engine.destroy()
+        # Where ZeRO 3 leaves the model for ever.
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self.model]
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's shape, also where ZeRO 3 has partitioned it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _adam(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    """Norms and biases do not decay, as in the Megatron engine."""
+    tables = [parameter for parameter in parameters if len(whole_shape(parameter)) > 1]
+    others = [parameter for parameter in parameters if len(whole_shape(parameter)) <= 1]
+    groups = [
+        {"params": tables, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+    )
+
+
+def _own_document(batch: TokenBatch, causal: bool) -> Tensor | None:
+    """Where samples hold several documents: which tokens each sees, ``[b, 1, s, s]``."""
+    if batch.segments_bs is None:
+        return None
+    same_bss = batch.segments_bs[:, :, None] == batch.segments_bs[:, None, :]
+    return (same_bss.tril() if causal else same_bss)[:, None]

@@ -1,0 +1,87 @@
+"""What an engine is: it owns a model, its optimizer and its parallelism."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llmscale.training.batches import ModelBatch
+from llmscale.training.settings import Optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, as every rank knows it: loss a token, tokens, gradient norm, and if it counted.
+
+    ``overflowed``: the step was skipped because the fp16 loss scale was too high; it has been
+    lowered, as dynamic loss scaling does (Micikevicius et al. 2018, section 3.2).
+    """
+
+    loss: float
+    tokens: int
+    gradient_norm: float
+    applied: bool
+    overflowed: bool = False
+
+
+class Writing(Protocol):
+    """A copy of an engine's state on its way into a folder; made by all ranks."""
+
+    def write(self) -> None:
+        """Writes this rank's files; may be called in a thread."""
+
+    def files(self) -> list[Path]:
+        """What this rank has written."""
+
+    def finish(self) -> None:
+        """Writes what the files have in common, after all are written; collective."""
+
+
+class Engine(Protocol):
+    """Trains a model. Every method is collective unless it says otherwise."""
+
+    @property
+    def settings(self) -> Optimizer: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def data_rank(self) -> int:
+        """Which copy of the model this rank is a part of; not collective."""
+
+    @property
+    def data_ranks(self) -> int:
+        """How many copies there are; not collective."""
+
+    @property
+    def passes_multiple(self) -> int:
+        """The number of micro-batches a rank has at a time is a multiple of this."""
+
+    def train_step(self, batches: Sequence[ModelBatch], learning_rate: float) -> StepResult:
+        """Forward, backward and, if loss and gradients are finite, the update.
+
+        Args:
+            batches: this data rank's micro-batches of the global batch.
+        """
+
+    def evaluate(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
+        """The summed loss and token count of a global batch, on every rank."""
+
+    def flops_per_sample(self, sequence_length: int) -> float:
+        """Model FLOP of training on one sample; not collective."""
+
+    def parameters(self) -> int:
+        """How many the whole model has; not collective."""
+
+    def writing(self, folder: Path) -> Writing:
+        """Takes a copy of the whole state, to be written into a folder that is there."""
+
+    def load(self, folder: Path) -> None:
+        """Restores weights, optimizer and, at the same number of ranks, random states."""
+
+    def load_weights(self, folder: Path) -> None:
+        """Restores the weights alone."""
+
+    def export(self, folder: Path) -> None:
+        """Writes the weights and ``config.json`` of a Hugging Face folder."""

@@ -1,0 +1,74 @@
+"""A wrong stage of fine-tuning is answered with one line, before anything starts."""
+
+from typing import Any
+
+import pytest
+
+from tests.recipe.conftest import RECIPES
+
+GOOD = {
+    "kind": "finetune",
+    "start_from": "pretrain",
+    "data": f"{{own: {{path: {RECIPES}/quickstart.yaml}}}}",
+    "batch": "{global: 8, micro: 1}",
+    "optimizer": "{learning_rate: 1.0e-3}",
+    "steps": "10",
+}
+WRONG: dict[str, tuple[dict[str, str], str]] = {
+    "a model that is not there": (
+        {"start_from": "pretrian"},
+        ".start_from: 'pretrian' is no stage of this recipe, and no folder; use pretrain",
+    ),
+    "a stage that trains no model": (
+        {"start_from": "corpus"},
+        ".start_from: 'corpus' is a stage of kind prepare; use pretrain",
+    ),
+    "a folder without a model": (
+        {"start_from": f"{RECIPES}/texts"},
+        ".start_from: 'RECIPES/texts' is a folder without config.json; use pretrain",
+    ),
+    "data that are not there": (
+        {"data": "{own: {path: nothing*.jsonl}}"},
+        ".data.own.path: no file matches nothing*.jsonl; give the path of a file of "
+        "records, from the recipe's folder on",
+    ),
+    "no data": ({"data": "{}"}, ".data: is empty; give at least one"),
+    "steps and epochs": (
+        {"epochs": "2"},
+        ": give either steps or epochs, not both; both are given",
+    ),
+    "neither": ({"steps": "null"}, ": give either steps or epochs, not both; neither is given"),
+    "a template nobody knows": (
+        {"template": "chatlm"},
+        ".template: 'chatlm' is no choice; use chatml, alpaca or plain",
+    ),
+    "a sequence the model has no positions for": (
+        {"sequence_length": "4096"},
+        ".sequence_length: 4096 is above the model's 128; use at most 128",
+    ),
+    "a layout that does not divide the heads": (
+        {"parallel": "{tensor: 3, data: 1}"},
+        ".parallel.tensor: 3 does not divide 8 attention heads; use 1, 2 or 4",
+    ),
+    "fp8 on the cpu": (
+        {"precision": "fp8"},
+        ".precision: fp8 needs a GPU, but cluster.device is cpu; use bf16",
+    ),
+    "weights that hardly repeat": (
+        {
+            "data": f"{{a: {{path: {RECIPES}/quickstart.yaml, weight: 0.1234567}}, "
+            f"b: {{path: {RECIPES}/quickstart.yaml}}}}"
+        },
+        ".data: the weights repeat after more than 100000 samples; round them to fewer digits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_stage_is_answered_with_place_key_cause_and_mend(
+    quickstart: str, says: Any, name: str
+) -> None:
+    changes, line = WRONG[name]
+    written = ", ".join(f"{key}: {value}" for key, value in {**GOOD, **changes}.items())
+    said = says(quickstart, [f"stages.tuned={{{written}}}"])
+    assert said.endswith(f": stages.tuned{line}")

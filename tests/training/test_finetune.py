@@ -1,0 +1,317 @@
+"""Fine-tuning equals a plain loop over single examples, at any layout, padded or packed."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmscale.artifacts import RunFolder, StageFolder
+from llmscale.data.chat import Example, prompt_text
+from llmscale.data.conversations import Turn
+from llmscale.data.templates import TEMPLATES
+from llmscale.errors import StageError
+from llmscale.models_at_hand import export, generate_text
+from llmscale.progress import Progress
+from llmscale.recipe.recipe import load_recipe
+from llmscale.stages.base import Workspace
+from llmscale.stages.finetune import Finetune
+from tests.models_on_disk import WORDS, small_llama
+from tests.ranks import run_recipe
+
+STEPS, LEARNING_RATE, CLIP = 4, 3e-3, 0.5
+RECIPE = """
+name: tuned
+seed: 7
+cluster: {on: local, device: cpu}
+stages:
+  assistant:
+    kind: finetune
+    start_from: base
+    data:
+      sums: {path: sums.jsonl, weight: 2}
+      chats: {path: chats.json}
+    template: chatml
+    validation_fraction: 0.2
+    batch: {global: 8, micro: 2}
+    optimizer: {learning_rate: 3.0e-3, schedule: constant, gradient_clip: 0.5, epsilon: 1.0e-5}
+    steps: 4
+    checkpoint: {every: 2}
+"""
+WAYS: dict[str, list[str]] = {
+    "one rank": [],
+    "tensor 2": ["stages.assistant.parallel={tensor: 2, sequence: true}"],
+    "data 2": ["stages.assistant.parallel={data: 2}"],
+    "tensor 2, pipeline 2": ["stages.assistant.parallel={tensor: 2, pipeline: 2}"],
+    "packed": [],
+    "pipeline 2, packed": ["stages.assistant.parallel={pipeline: 2}"],
+    "context 2, packed": ["stages.assistant.parallel={context: 2}"],
+    "ZeRO 0": ["stages.assistant.zero={stage: 0}"],
+    "ZeRO 1 on 2 ranks": ["stages.assistant.zero={stage: 1}"],
+    "ZeRO 2 on 2 ranks, packed": ["stages.assistant.zero={stage: 2}"],
+    "ZeRO 3 on 2 ranks": ["stages.assistant.zero={stage: 3}"],
+}
+
+
+def way(name: str) -> list[str]:
+    """The overrides of a way to train."""
+    ranks = 2 if " 2" in name and "ZeRO 2 on" not in name else 1
+    ranks = 4 if "tensor 2, pipeline 2" in name else 2 if "2 ranks" in name else ranks
+    engine = ["stages.assistant.engine=deepspeed"] if "ZeRO" in name else []
+    packed = ["stages.assistant.packing=true"] if "packed" in name else []
+    return [f"cluster.ranks_per_node={ranks}", *engine, *packed, *WAYS[name]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, its model and its data."""
+    folder = tmp_path_factory.mktemp("home")
+    small_llama(folder / "base")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    words, lot = WORDS.split(), random.Random(0)
+
+    def said(most: int) -> str:
+        return " ".join(lot.choices(words, k=lot.randint(1, most)))
+
+    sums = [{"instruction": said(4), "input": said(2), "output": said(3)} for _ in range(30)]
+    chats = [
+        {
+            "messages": [
+                {"role": role, "content": said(2)}
+                for _ in range(lot.randint(1, 2))
+                for role in ("user", "assistant")
+            ]
+        }
+        for _ in range(20)
+    ]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    (folder / "chats.json").write_text(json.dumps(chats, indent=1))
+    return folder
+
+
+def tuned(home: Path, run: Path, *overrides: str) -> RunFolder:
+    return run_recipe(home / "recipe.yaml", run, list(overrides))
+
+
+def steps_of(home: Path, run: RunFolder, *overrides: str) -> list[list[Example]]:
+    """The examples of each step, in the stage's own order."""
+    from llmscale.stages.examples import fine_tuning
+
+    recipe = load_recipe(home / "recipe.yaml", overrides)
+    stage, folder = recipe.stages["assistant"], run.stage("assistant")
+    assert isinstance(stage, Finetune)
+    inputs = {"start_from": home / "base"}
+    workspace = Workspace(folder, inputs, recipe.seed, "cpu", Progress(folder.progress_file))
+    samples: Any = fine_tuning(stage, workspace).data.phases[0]
+    steps = []
+    for step in range(STEPS):
+        found = [samples._blended.find(place) for place in range(8 * step, 8 * step + 8)]
+        steps.append([example for source, number in found for example in source.sample(number)])
+    return steps
+
+
+def plain_loop(base: Path, steps: list[list[Example]]) -> tuple[list[tuple[float, float]], Any]:
+    """Loss and gradient norm of each step, every example in a pass of its own; the model."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.95),
+        eps=1e-5,
+    )
+    curve = []
+    for examples in steps:
+        optimizer.zero_grad()
+        total, count = torch.zeros(()), sum(int(e.learned_n.sum()) for e in examples)
+        for example in examples:
+            tokens = torch.from_numpy(example.tokens_n).long()
+            logits = model(tokens[None]).logits[0]
+            learned = torch.from_numpy(example.learned_n)
+            labels = torch.where(learned, tokens, -100)[1:]
+            loss = cross_entropy(logits[:-1], labels, reduction="sum") / count
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        curve.append((float(total), float(norm)))
+    return curve, model
+
+
+def logged(run: RunFolder) -> list[tuple[float, float]]:
+    return [
+        (line["loss"], line["gradient_norm"])
+        for line in run.stage("assistant").metrics()
+        if "loss" in line
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", WAYS)
+def test_every_engine_and_layout_equals_a_loop_over_single_examples(
+    name: str, home: Path, tmp_path: Path
+) -> None:
+    run = tuned(home, tmp_path / "run", *way(name))
+    steps = steps_of(home, run, *way(name))
+    assert ("packed" in name) == (sum(map(len, steps)) > 8 * STEPS)
+    expected, model = plain_loop(home / "base", steps)
+    for (loss, norm), (true_loss, true_norm) in zip(logged(run), expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-4)
+    assert run.stage("assistant").manifest()["metrics"]["best_step"] == STEPS
+    written = AutoModelForCausalLM.from_pretrained(run.stage("assistant").hf)
+    for parameter_name, parameter in model.named_parameters():
+        difference = (written.get_parameter(parameter_name) - parameter).abs().max()
+        assert difference <= 1e-5, parameter_name
+
+
+def test_the_model_answers_in_the_template_it_was_taught(home: Path, tmp_path: Path) -> None:
+    learning = ["stages.assistant.steps=60", "stages.assistant.data={same: {path: same.jsonl}}"]
+    same = {"prompt": "what is up?", "response": "the sea"}
+    (home / "same.jsonl").write_text("\n".join([json.dumps(same)] * 20))
+    run = tuned(home, tmp_path / "run", *learning, "stages.assistant.validation_fraction=0.0")
+    model, greedy = str(run.stage("assistant").hf), {"decoding": "greedy", "max_new_tokens": 20}
+    assert generate_text(model, "what is up?", greedy, 0, raw=False) == ("the sea", True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = [{"role": "user", "content": "what is up?"}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompt == prompt_text((Turn("user", "what is up?"),), tokenizer, TEMPLATES["chatml"])
+    text, answered = generate_text(model, prompt, greedy, 0, raw=True)
+    assert not answered and text.startswith("the sea")
+
+
+def test_training_that_brings_nothing_better_ends_early(home: Path, tmp_path: Path) -> None:
+    harmful = [
+        "stages.assistant.optimizer.learning_rate=0.3",
+        "stages.assistant.steps=40",
+        "stages.assistant.early_stopping={patience: 2}",
+    ]
+    run = tuned(home, tmp_path / "run", *harmful)
+    lines = run.stage("assistant").metrics()
+    losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    metrics = run.stage("assistant").manifest()["metrics"]
+    assert metrics["steps"] < 40
+    assert metrics["best_step"] == min(losses, key=lambda step: losses[step])
+    assert metrics["steps"] == metrics["best_step"] + 4
+    shutil.rmtree(run.stage("assistant").hf)
+    run.stage("assistant").update_manifest(status="interrupted")
+    again = tuned(home, run.path, *harmful)
+    assert again.stage("assistant").metrics() == lines
+
+
+def test_epochs_are_steps_over_all_samples(home: Path, tmp_path: Path) -> None:
+    without_steps = ["stages.assistant.steps=", "stages.assistant.epochs=1.5"]
+    run = tuned(home, tmp_path / "run", *without_steps)
+    metrics = run.stage("assistant").manifest()["metrics"]
+    examples = sum(counts["train"] for counts in metrics["examples"].values())
+    assert metrics["steps"] == -(-(examples * 3 // 2) // 8)
+
+
+def test_few_examples_of_each_class_are_chosen_by_the_seed(home: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": f"one and {n}", "response": "add", "kind": "sum" if n % 3 else "other"}
+        for n in range(30)
+    ]
+    (home / "classes.jsonl").write_text("\n".join(map(json.dumps, records)))
+    few = "{path: classes.jsonl, few: {examples: 4, class_key: kind}}"
+    chosen = []
+    for seed in (1, 1, 2):
+        run = tmp_path / str(len(chosen))
+        overrides = [f"seed={seed}", f"stages.assistant.data={{classes: {few}}}"]
+        run_recipe(home / "recipe.yaml", run, overrides, ["assistant.examples"])
+        folder = run / "assistant" / "examples" / "classes"
+        chosen.append([(folder / f"{s}.safetensors").read_bytes() for s in ("train", "validation")])
+        counts = RunFolder(run).stage("assistant").manifest()["metrics"]["examples"]["classes"]
+        assert sum(counts.values()) == 8
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_a_checkpoint_exports_on_request_what_the_stage_does(home: Path, tmp_path: Path) -> None:
+    run = tuned(home, tmp_path / "run")
+    export(f"{run.path}:assistant", tmp_path / "out")
+    own = load_file(run.stage("assistant").hf / "model.safetensors")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(own[name], exported[name]) for name in own)
+    template = (run.stage("assistant").hf / "chat_template.jinja").read_text()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+
+
+LONGER = ["stages.assistant.steps=12", "stages.assistant.checkpoint={every: 4, keep: 3}"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
+    """Uninterrupted longer runs, each made once."""
+    folder = tmp_path_factory.mktemp("whole")
+    made: dict[str, RunFolder] = {}
+
+    def run(name: str) -> RunFolder:
+        if name not in made:
+            made[name] = tuned(home, folder / name.replace(" ", "-"), *LONGER, *way(name))
+        return made[name]
+
+    return run
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("tensor 2", "tensor 2"),
+        ("ZeRO 0", "ZeRO 0"),
+        ("ZeRO 1 on 2 ranks", "ZeRO 1 on 2 ranks"),
+        ("ZeRO 2 on 2 ranks, packed", "ZeRO 2 on 2 ranks, packed"),
+        ("ZeRO 3 on 2 ranks", "ZeRO 3 on 2 ranks"),
+        ("ZeRO 3 on 2 ranks", "ZeRO 0"),
+        ("ZeRO 0", "ZeRO 1 on 2 ranks"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_curve(
+    first: str,
+    then: str,
+    home: Path,
+    tmp_path: Path,
+    whole_run: Callable[[str], RunFolder],
+) -> None:
+    stage = RunFolder(tmp_path / "run").stage("assistant")
+    killer = threading.Thread(target=kill_a_rank_after, args=(stage, 7), daemon=True)
+    killer.start()
+    with pytest.raises(StageError, match="SIGKILL"):
+        tuned(home, tmp_path / "run", *LONGER, *way(first))
+    killer.join()
+    run = tuned(home, tmp_path / "run", *LONGER, *way(then))
+    whole = whole_run(first)
+    if first == then:
+        assert logged(run) == logged(whole)
+        ours, expected = weights(run), weights(whole)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+        return
+    for (loss, norm), (true_loss, true_norm) in zip(logged(run), logged(whole), strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-4)
+
+
+def kill_a_rank_after(stage: StageFolder, step: int) -> None:
+    """Kills rank 0 once it has logged so many steps."""
+    while sum("loss" in line for line in stage.metrics()) < step:
+        time.sleep(0.02)
+    said = stage.log_file(0).read_text()
+    rank = int(re.findall(r"train: rank 0 of \d+, process (\d+)", said)[-1])
+    os.kill(rank, signal.SIGKILL)
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.stage("assistant").hf / "model.safetensors")
