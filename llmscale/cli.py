@@ -235,14 +235,16 @@ def export(
 
 @app.command("import")
 def import_(
-    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a .gguf file.")
+    ],
     out: Out,
     as_json: Json = False,
 ) -> None:
-    """Make a Hugging Face model ready to go on from, at any layout (start_from: DIR)."""
+    """Make a Hugging Face model ready to go on from, at any layout; a folder of a GGUF file."""
     from llmscale import models_at_hand
 
-    parameters = models_at_hand.import_folder(hf_dir, out)
+    parameters = models_at_hand.import_model(model, out)
     _answer(
         as_json,
         {"out": str(out), "parameters": parameters},

@@ -79,13 +79,21 @@ def perplexity(
     return figures
 
 
-def import_folder(source: Path, target: Path) -> int:
-    """Makes an import of a Hugging Face folder; returns its number of parameters.
+def import_model(source: Path, target: Path) -> int:
+    """Makes an import of a Hugging Face folder, or such a folder of a GGUF file.
+
+    Returns:
+        The number of parameters.
 
     Raises:
         RecipeError: if the folder cannot be imported.
     """
     _new(target)
+    if source.is_file() and source.suffix == ".gguf":
+        import llmscale.quiet
+        from llmscale.models.gguf import gguf_to_folder
+
+        return gguf_to_folder(source, target)
     runs.model_folder(str(source))
     import llmscale.quiet  # noqa: F401
     from llmscale.stages.imported import import_huggingface

@@ -9,6 +9,10 @@ from tests.ranks import run_recipe
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+ASSISTANT = ROOT / "recipes" / "assistant.yaml"
+"""Needs a model that is imported first."""
+PRETRAINING = [file for file in sorted((ROOT / "recipes").glob("*.yaml")) if file != ASSISTANT]
+"""The shipped recipes that pretrain a model."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import FAMILIES
@@ -18,6 +19,9 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
         RecipeError: if the folder does not hold both.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

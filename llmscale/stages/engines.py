@@ -16,6 +16,7 @@ from llmscale.stages.imported import is_import, load_imported
 from llmscale.training.engine import Engine
 from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.settings import (
+    Adapter,
     Batch,
     Checkpointing,
     EngineName,
@@ -34,6 +35,8 @@ class Trained(Protocol):
     def engine(self) -> EngineName: ...
     @property
     def zero(self) -> Zero: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
     @property
     def parallel(self) -> Layout: ...
     @property
@@ -105,12 +108,16 @@ def built_engine(
         yield engine
         return
     require_engine(stage.engine)
+    from llmscale.training.adapters import with_adapter
     from llmscale.training.deepspeed_engine import DeepSpeedEngine, loaded_model
 
     if first.folder is None or is_import(first.folder):
         raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")
+    loaded = loaded_model(first.folder, model.architecture, stage.zero, stage.recompute, device)
+    if stage.adapter is not None:
+        loaded = with_adapter(loaded, stage.adapter, first.seed)
     zero_engine = DeepSpeedEngine(
-        loaded_model(first.folder, model.architecture, stage.zero, stage.recompute, device),
+        loaded,
         model.architecture,
         stage.zero,
         stage.optimizer,

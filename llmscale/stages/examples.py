@@ -2,7 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,31 @@ LENGTH_MULTIPLE = 8
 SPLITS = ("train", "validation")
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How records become examples."""
+
+    tokenizer: Any
+    template: str
+    most: int
+    seed: int
+    intake: Intake
+
+    def examples(self, one: DataSet, on_file: Callable[[Path], None]) -> Iterator[Example]:
+        """Those of a data set that can be used."""
+        made: list[tuple[Example, str]] = []
+        for file in one.files():
+            on_file(file)
+            made += [pair for _, pair in self.intake.made(partial(self._example, one.few), file)]
+        yield from _few(made, one.few, self.seed) if one.few else (example for example, _ in made)
+
+    def _example(self, few: FewOfEach | None, record: dict[str, Any]) -> tuple[Example, str]:
+        example = encoded_conversation(conversation(record), self.tokenizer, self.template)
+        if len(example) > self.most:
+            raise Malformed("longer than the sequence", f"{len(example)} tokens, above {self.most}")
+        return example, _class(record, few)
+
+
 def make_examples(stage: Finetune, workspace: Workspace) -> None:
     """Writes ``examples/NAME/train.safetensors`` and ``.../validation...`` of each data set.
 
@@ -35,39 +63,58 @@ def make_examples(stage: Finetune, workspace: Workspace) -> None:
     """
     model = workspace.inputs["start_from"]
     tokenizer = load_tokenizer(model)
+    _require_vocabulary(model, tokenizer)
     template = _template(stage, model, tokenizer)
-    intake = Intake()
-    sets = {
-        name: split_examples(
-            list(_examples(one, intake, tokenizer, template, room(stage, model), workspace.seed)),
-            stage.validation_fraction,
-            workspace.seed,
+    reading = _Reading(tokenizer, template, room(stage, model), workspace.seed, Intake())
+    files, done = sum(len(one.files()) for one in stage.data.values()), count()
+    sets = {}
+    for name, one in stage.data.items():
+        examples = reading.examples(
+            one, lambda file: workspace.progress.update(next(done), files, "files", file.name)
         )
-        for name, one in stage.data.items()
-    }
+        sets[name] = split_examples(list(examples), stage.validation_fraction, workspace.seed)
     folder = workspace.folder
     folder.path.mkdir(parents=True, exist_ok=True)
-    intake.close(folder.path, stage.malformed, f"stages.{folder.path.name}.malformed")
+    reading.intake.close(folder.path, stage.malformed, f"stages.{folder.path.name}.malformed")
     for name, splits in sets.items():
         if not splits["train"]:
             raise RecipeError(f"{name} has no example to train on; give records that can be used")
+    _write(sets, folder, tokenizer, template)
+    folder.add_metrics(malformed=reading.intake.counts())
+
+
+def _write(
+    sets: Mapping[str, Mapping[str, list[Example]]],
+    folder: StageFolder,
+    tokenizer: Any,
+    template: str,
+) -> None:
     counts = {
         name: {split: len(examples) for split, examples in splits.items()}
         for name, splits in sets.items()
+    }
+    padding = tokenizer.pad_token_id
+    about = {
+        "padding": tokenizer.eos_token_id if padding is None else padding,
+        "template": template,
+        "examples": counts,
     }
     with new_folder(folder.path / Path(ABOUT_EXAMPLES).parent) as beside:
         for name, splits in sets.items():
             (beside / name).mkdir()
             for split, examples in splits.items():
                 write_examples(examples, _file(beside, name, split))
-        padding = tokenizer.pad_token_id
-        about = {
-            "padding": tokenizer.eos_token_id if padding is None else padding,
-            "template": template,
-            "examples": counts,
-        }
         write_json(beside / Path(ABOUT_EXAMPLES).name, about)
-    folder.add_metrics(examples=counts, malformed=intake.counts())
+    folder.add_metrics(examples=counts)
+
+
+def _require_vocabulary(model: Path, tokenizer: Any) -> None:
+    rows = read_vocabulary(model)
+    if len(tokenizer) > rows:
+        raise RecipeError(
+            f"{model}: its tokenizer has {len(tokenizer)} tokens, more than the model's {rows}; "
+            "give a folder whose tokenizer is the model's own"
+        )
 
 
 def room(stage: Finetune, model: Path) -> int:
@@ -86,22 +133,6 @@ def _file(folder: Path, name: str, split: str) -> Path:
     return folder / name / f"{split}.safetensors"
 
 
-def _examples(
-    one: DataSet, intake: Intake, tokenizer: Any, template: str, most: int, seed: int
-) -> Iterator[Example]:
-    made: list[tuple[Example, str]] = []
-
-    def make(record: dict[str, Any]) -> tuple[Example, str]:
-        example = encoded_conversation(conversation(record), tokenizer, template)
-        if len(example) > most:
-            raise Malformed("longer than the sequence", f"{len(example)} tokens, above {most}")
-        return example, _class(record, one.few)
-
-    for file in one.files():
-        made += [pair for _, pair in intake.made(make, file)]
-    yield from _few(made, one.few, seed) if one.few else (example for example, _ in made)
-
-
 def _class(record: Mapping[str, Any], few: FewOfEach | None) -> str:
     if few is None:
         return ""
@@ -111,16 +142,19 @@ def _class(record: Mapping[str, Any], few: FewOfEach | None) -> str:
 
 
 def _few(made: list[tuple[Example, str]], few: FewOfEach, seed: int) -> Iterator[Example]:
-    """The first so many of each class, in an order that the seed gives."""
+    """The first so many of each class, in an order that the seed gives.
+
+    It is another order than that of ``split_examples``, which would take the same ones.
+    """
     classes: defaultdict[str, list[Example]] = defaultdict(list)
-    for example, name in sorted(made, key=lambda pair: _position(pair[0], seed)):
+    for example, name in sorted(made, key=lambda pair: _position(pair[0], seed, "few")):
         if len(classes[name]) < few.examples:
             classes[name].append(example)
             yield example
 
 
-def _position(example: Example, seed: int) -> float:
-    return position(example.tokens_n.tobytes().hex(), seed)
+def _position(example: Example, seed: int, purpose: str = "split") -> float:
+    return position(f"{purpose} {example.tokens_n.tobytes().hex()}", seed)
 
 
 def split_examples(examples: list[Example], fraction: float, seed: int) -> dict[str, list[Example]]:
@@ -172,6 +206,7 @@ def fine_tuning(stage: Finetune, workspace: Workspace) -> Course:
         if held_out
         else None,
         steps=stage.steps or _steps(stage, sum(map(len, sources.values()))),
+        baseline=True,
         patience=stage.early_stopping.patience if stage.early_stopping else None,
     )
 

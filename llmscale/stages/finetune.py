@@ -30,6 +30,7 @@ from llmscale.stages.base import (
 from llmscale.stages.layouts import engine_problems, layout_problems, training_task
 from llmscale.stages.pretrain import Pretrain
 from llmscale.training.settings import (
+    Adapter,
     Batch,
     Checkpointing,
     EngineName,
@@ -97,6 +98,7 @@ class Finetune(Stage):
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     engine: EngineName = "megatron"
     zero: Annotated[Zero, NOT_IDENTITY] = Zero()
+    adapter: Adapter | None = None
     parallel: Annotated[Layout, NOT_IDENTITY] = Layout()
     batch: Batch
     optimizer: Optimizer
@@ -162,6 +164,8 @@ class Finetune(Stage):
             return
         yield from layout_problems(architecture, self.parallel, self.batch, view.cluster, wanted)
         yield from engine_problems(self, architecture, view.cluster)
+        if self.adapter is not None and self.engine != "deepspeed":
+            yield Problem(("adapter",), "engine megatron has none yet; set engine: deepspeed")
 
     def sources(self) -> list[object]:
         return [

@@ -75,6 +75,7 @@ class Pretrain(Stage):
     validation: Validation = Validation()
     health: Health = Health()
 
+    adapter: ClassVar[None] = None
     product: ClassVar[str] = "hf"
     about: ClassVar[str] = ABOUT_TOKENS
     links: ClassVar[Mapping[str, Link]] = {

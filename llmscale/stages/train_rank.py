@@ -43,6 +43,7 @@ class Course:
         start_from: a Hugging Face folder or an import with the first weights; None for weights
             from the seed.
         patience: after how many validations without a better loss training ends.
+        baseline: whether the first weights are validated, too.
     """
 
     model: TrainedModel
@@ -51,6 +52,7 @@ class Course:
     validation: ValidationSamples | None
     steps: int
     patience: int | None = None
+    baseline: bool = False
 
 
 def train(stage: Trained, workspace: Workspace, course: Course) -> None:
@@ -81,6 +83,7 @@ def train(stage: Trained, workspace: Workspace, course: Course) -> None:
                 validation=course.validation,
                 steps=course.steps,
                 patience=course.patience,
+                baseline=course.baseline,
                 micro_batch=stage.batch.micro,
                 checkpointing=stage.checkpoint,
                 health=stage.health,

@@ -33,8 +33,12 @@ class StepSamples(Protocol):
     def first_step(self) -> int:
         """The step from which on they do (0 is the first)."""
 
-    def batch(self, places: Sequence[int], step: range, device: torch.device) -> ModelBatch:
-        """The samples at some of the step's places, and what is to be predicted."""
+    def batch(self, places: Sequence[int], length: int, device: torch.device) -> ModelBatch:
+        """The samples at some of a step's places, and what is to be predicted.
+
+        Args:
+            length: the model's tokens a sample, in that step.
+        """
 
     def length(self, step: range) -> int:
         """The model's tokens a sample, in this step."""
@@ -96,7 +100,7 @@ class PhaseSamples:
     def first_step(self) -> int:
         return self.phase.first_step
 
-    def batch(self, places: Sequence[int], step: range, device: torch.device) -> ModelBatch:
+    def batch(self, places: Sequence[int], length: int, device: torch.device) -> ModelBatch:
         found = [self._blended.find(place) for place in places]
         windows = [source.window(number) for source, number in found]
         return self.objective.batch(np.stack(windows), places, device)
@@ -126,9 +130,9 @@ class StepBatch:
 
     def batch(self, places: Sequence[int], device: torch.device) -> ModelBatch:
         """The samples at some of its places."""
-        return self.samples.batch(places, self.places, device)
+        return self.samples.batch(places, self.sequence_length, device)
 
-    @property
+    @cached_property
     def sequence_length(self) -> int:
         """The model's tokens a sample."""
         return self.samples.length(self.places)

@@ -22,6 +22,12 @@ from torch.nn.functional import cross_entropy
 
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
+from llmscale.training.adapters import (
+    adapter_weights,
+    is_adapted,
+    merged_weights,
+    save_adapter,
+)
 from llmscale.training.batches import ModelBatch, SpanBatch, TokenBatch
 from llmscale.training.deepspeed_setup import deepspeed
 from llmscale.training.deepspeed_state import (
@@ -273,27 +279,42 @@ class DeepSpeedEngine:
     def load_weights(self, folder: Path) -> None:
         load_weights(self, folder)
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by name, whole, on every rank, one at a time; collective."""
-        for name, parameter in self.model.named_parameters():
-            with self.gathered(parameter):
-                yield name, parameter.detach()
-
     @contextmanager
-    def gathered(self, parameter: nn.Parameter, changed_by: int | None = None) -> Iterator[None]:
-        """The parameter whole within; all ranks take the changes of the rank ``changed_by``."""
+    def gathered(
+        self, parameters: Sequence[nn.Parameter], changed_by: int | None = None
+    ) -> Iterator[None]:
+        """Parameters whole within; all ranks take the changes of the rank ``changed_by``."""
         whole: Any = nullcontext()
         if self.stage == 3:
-            whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=changed_by)
+            whole = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=changed_by)
         with whole:
             yield
 
     def export(self, folder: Path) -> None:
-        keep = dist.get_rank() == 0
-        weights = {name: one.cpu().clone() for name, one in self.whole_weights() if keep}
-        if keep:
-            self.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        """Writes ``folder``; of a model with an adapter the two merged, and it in ``adapter/``."""
+        adapted = is_adapted(self.model)
+        weights = merged_weights(self.model, self.gathered) if adapted else self._whole_weights()
+        kept = self._kept_by_first(weights)
+        if dist.get_rank() == 0:
+            below: Any = self.model.get_base_model() if adapted else self.model  # type: ignore[operator]
+            below.save_pretrained(folder, state_dict=kept)
+        if adapted:
+            own = self._kept_by_first(adapter_weights(self.model, self.gathered))
+            if dist.get_rank() == 0:
+                save_adapter(self.model, own, folder / "adapter")
         dist.barrier()
+
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, whole, on every rank, one at a time; collective."""
+        for name, parameter in self.model.named_parameters():
+            with self.gathered([parameter]):
+                yield name, parameter.detach()
+
+    @staticmethod
+    def _kept_by_first(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copies on rank 0, nothing on the others, which take part."""
+        first = dist.get_rank() == 0
+        return {name: whole.cpu().clone() for name, whole in weights if first}
 
     def close(self) -> None:
         """Removes DeepSpeed's hooks and buffers, so that the memory is freed."""

@@ -4,9 +4,8 @@ import logging
 import os
 import warnings
 
-import torch
+import llmscale.quiet  # noqa: F401
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("LOCAL_RANK", "0")
 
 import deepspeed

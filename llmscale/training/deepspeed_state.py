@@ -4,6 +4,7 @@ Each rank writes the pieces it holds, by name and place; nothing is gathered, no
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Zeroed(Protocol):
     def trainable(self) -> dict[str, nn.Parameter]: ...
 
     def gathered(
-        self, parameter: nn.Parameter, changed_by: int | None = None
+        self, parameters: Sequence[nn.Parameter], changed_by: int | None = None
     ) -> AbstractContextManager[None]: ...
 
 
@@ -240,6 +241,6 @@ def load_weights(engine: Zeroed, folder: Path) -> None:
 
 def _set_weight(engine: Zeroed, parameter: nn.Parameter, name: str, saved: SavedState) -> None:
     """Under ZeRO 3 rank 0 reads the weight and sends it."""
-    with engine.gathered(parameter, changed_by=0):
+    with engine.gathered([parameter], changed_by=0):
         if engine.stage < 3 or dist.get_rank() == 0:
             parameter.data.copy_(saved.whole(WEIGHT, name))

@@ -26,6 +26,7 @@ class Trainer:
     validation: ValidationSamples | None
     steps: int
     patience: int | None
+    baseline: bool
     micro_batch: int
     checkpointing: Checkpointing
     health: Health
@@ -41,6 +42,8 @@ class Trainer:
             Interrupted: after a checkpoint, if any rank was asked to stop.
             StageError: if too many steps in a row were not finite.
         """
+        if self.baseline and state.step == 0:
+            self._tell_baseline()
         nonfinite = 0
         while not self._done(state):
             batch = self.data.at(state.step, state.consumed_samples)
@@ -66,6 +69,13 @@ class Trainer:
             if stopping and not self._done(state):
                 raise Interrupted(f"stopped after step {state.step}, with a checkpoint")
         return state
+
+    def _tell_baseline(self) -> None:
+        """Logs the validation loss of the first weights."""
+        if self.validation is not None:
+            loss = self.validation_loss(self.validation)
+            if self.log is not None:
+                self.log.validation(0, loss)
 
     def _done(self, state: TrainingState) -> bool:
         """Whether the last step is done, or too many validations brought nothing better."""

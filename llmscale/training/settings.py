@@ -191,3 +191,16 @@ class Zero(Settings):
             yield Problem(("offload",), "stage 0 splits no optimizer; use stage 1, 2 or 3")
         elif self.offload == "weights" and self.stage < 3:
             yield Problem(("offload",), f"stage {self.stage} splits no weights; use stage 3")
+
+
+class Adapter(Settings):
+    """A low-rank adapter beside frozen weights (Hu et al. 2021).
+
+    ``targets``: the names of the linear layers that have one, such as ``q_proj``; left out, all
+    but the output layer.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None

@@ -98,10 +98,10 @@ class SupervisedSamples:
     def _blended(self) -> Blended[ExampleSamples]:
         return Blended(self.sources, self.weights)
 
-    def batch(self, places: Sequence[int], step: range, device: torch.device) -> ModelBatch:
+    def batch(self, places: Sequence[int], length: int, device: torch.device) -> ModelBatch:
         found = [self._blended.find(place) for place in places]
         samples = [source.sample(number) for source, number in found]
-        return self.objective.batch(samples, self.length(step), device)
+        return self.objective.batch(samples, length, device)
 
     def length(self, step: range) -> int:
         return self.objective.length(max(self._lengths(step)))

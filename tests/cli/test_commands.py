@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import QUICKSTART, ROOT
-
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+from tests.conftest import PRETRAINING, QUICKSTART
 
 
 def llmscale(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
@@ -42,7 +40,7 @@ def test_the_light_commands_never_import_torch(arguments: list, tmp_path: Path) 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
 def test_every_shipped_recipe_shows_and_dry_runs(recipe: Path, tmp_path: Path) -> None:
     shown = llmscale("show", recipe)
     assert shown.returncode == 0, shown.stderr

@@ -1,5 +1,6 @@
 """Fine-tuning equals a plain loop over single examples, at any layout, padded or packed."""
 
+import copy
 import json
 import os
 import random
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +31,8 @@ from llmscale.progress import Progress
 from llmscale.recipe.recipe import load_recipe
 from llmscale.stages.base import Workspace
 from llmscale.stages.finetune import Finetune
+from llmscale.training.adapters import with_adapter
+from llmscale.training.settings import Adapter
 from tests.models_on_disk import WORDS, small_llama
 from tests.ranks import run_recipe
 
@@ -202,6 +207,7 @@ def test_training_that_brings_nothing_better_ends_early(home: Path, tmp_path: Pa
     run = tuned(home, tmp_path / "run", *harmful)
     lines = run.stage("assistant").metrics()
     losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert losses.pop(0) == pytest.approx(6.7, abs=0.5)  # random weights know nothing
     metrics = run.stage("assistant").manifest()["metrics"]
     assert metrics["steps"] < 40
     assert metrics["best_step"] == min(losses, key=lambda step: losses[step])
@@ -236,6 +242,7 @@ def test_few_examples_of_each_class_are_chosen_by_the_seed(home: Path, tmp_path:
         chosen.append([(folder / f"{s}.safetensors").read_bytes() for s in ("train", "validation")])
         counts = RunFolder(run).stage("assistant").manifest()["metrics"]["examples"]["classes"]
         assert sum(counts.values()) == 8
+        assert counts["train"] >= 4
     assert chosen[0] == chosen[1] != chosen[2]
 
 
@@ -315,3 +322,71 @@ def kill_a_rank_after(stage: StageFolder, step: int) -> None:
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(run.stage("assistant").hf / "model.safetensors")
+
+
+def adapted_loop(
+    base: Path, steps: list[list[Example]], seed: int
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """The same as ``plain_loop`` for weights W + 2 B A; their final values by name."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    peft_model = with_adapter(copy.deepcopy(model), ADAPTER, seed)
+    drawn = {name.split("base_model.model.")[1]: p for name, p in peft_model.named_parameters()}
+    factors = {}
+    for name in frozen:
+        key = name.removesuffix("weight")
+        if f"{key}lora_A.default.weight" in drawn:
+            down = drawn[f"{key}lora_A.default.weight"].detach().clone().requires_grad_()
+            factors[name] = (torch.zeros(len(frozen[name]), 4, requires_grad=True), down)
+    leaves = [factor for pair in factors.values() for factor in pair]
+    optimizer = torch.optim.AdamW(leaves, LEARNING_RATE, (0.9, 0.95), 1e-5, weight_decay=0.1)
+
+    def merged() -> dict[str, torch.Tensor]:
+        return {
+            name: weight + 2 * factors[name][0] @ factors[name][1] if name in factors else weight
+            for name, weight in frozen.items()
+        }
+
+    curve = []
+    for examples in steps:
+        optimizer.zero_grad()
+        total, count = torch.zeros(()), sum(int(e.learned_n.sum()) for e in examples)
+        for example in examples:
+            tokens = torch.from_numpy(example.tokens_n).long()
+            logits = functional_call(model, merged(), (tokens[None],)).logits[0]
+            labels = torch.where(torch.from_numpy(example.learned_n), tokens, -100)[1:]
+            loss = cross_entropy(logits[:-1], labels, reduction="sum") / count
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
+        optimizer.step()
+        curve.append((float(total), float(norm)))
+    return curve, {name: weight.detach() for name, weight in merged().items()}
+
+
+ADAPTER = Adapter(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["ZeRO 0", "ZeRO 2 on 2 ranks, packed", "ZeRO 3 on 2 ranks"])
+def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, tmp_path: Path) -> None:
+    with_lora = [
+        *way(name),
+        "stages.assistant.adapter={rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}",
+    ]
+    run = tuned(home, tmp_path / "run", *with_lora)
+    expected, merged = adapted_loop(home / "base", steps_of(home, run, *with_lora), seed=7)
+    for (loss, norm), (true_loss, true_norm) in zip(logged(run), expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-4)
+    folder = run.stage("assistant").hf
+    written = weights(run)
+    assert set(written) == set(merged)
+    for parameter, whole in merged.items():
+        assert (written[parameter] - whole).abs().max() <= 1e-5, parameter
+    loaded = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(home / "base"), folder / "adapter"
+    ).eval()
+    tokens = torch.arange(20)[None]
+    together = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.allclose(loaded(tokens).logits, together(tokens).logits, atol=1e-5)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import QUICKSTART, ROOT
-
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+from tests.conftest import PRETRAINING, QUICKSTART, ROOT
 
 
 def llmscale(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -19,7 +17,7 @@ def llmscale(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda path: path.stem)
 def test_every_shipped_recipe_verifies(recipe: Path) -> None:
     done = llmscale("verify", recipe, "--json")
     assert done.returncode == 0, done.stderr
