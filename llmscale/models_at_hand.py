@@ -8,15 +8,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmscale import runs
-from llmscale.data.chat import end_of_answer, prompt_text
-from llmscale.data.conversations import Turn
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
-from llmscale.evaluation.generation import Generation, generate
+from llmscale.evaluation.generation import Generation, answer_or_continuation
 from llmscale.recipe.explain import explain
 from llmscale.recipe.recipe import read_resolved
 from llmscale.stages import TRAINING
 from llmscale.stages.finetune import Finetune
+from llmscale.stages.pretrain import FIRST_WEIGHTS
 
 
 def generate_text(
@@ -38,13 +37,7 @@ def generate_text(
     folder = runs.model_folder(model)
     from llmscale.evaluation.models import load_model
 
-    loaded, tokenizer = load_model(folder)
-    template = None if raw else tokenizer.chat_template
-    if template is None:
-        return generate(loaded, tokenizer, prompt, generation, seed), False
-    asked = prompt_text((Turn("user", prompt),), tokenizer, template)
-    stop = end_of_answer(tokenizer, template)
-    return generate(loaded, tokenizer, asked, generation, seed, stop), True
+    return answer_or_continuation(*load_model(folder), prompt, generation, seed, raw)
 
 
 def perplexity(
@@ -120,7 +113,7 @@ def export(run_stage: str, target: Path) -> dict[str, Any]:
     for key, linked in stage.linked(recipe.stages).items():
         if key in ("tokenizer", "start_from"):
             folder.pull(f"{linked}/{recipe.stages[linked].product}")
-    folder.pull(f"{name}/{stage.about}")
+    folder.pull(f"{name}/{stage.about}", f"{name}/{FIRST_WEIGHTS}")
     import llmscale.quiet  # noqa: F401
     from llmscale.rank import input_folders
     from llmscale.stages.examples import fine_tuned

@@ -57,6 +57,12 @@ def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> st
     return _render(conversation, tokenizer, template, ask=True)
 
 
+def own_template(tokenizer: Any) -> str | None:
+    """The chat template that goes with a tokenizer, if any; of several, the default one."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def end_of_answer(tokenizer: Any, template: str) -> str:
     """What a template writes behind an answer, without the white space around it."""
     answered = (Turn("user", "?"), Turn("assistant", "answer"))

@@ -1,5 +1,6 @@
 """Instruction data in its usual forms, all read as conversations."""
 
+import re
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -54,6 +55,7 @@ class _PromptAndResponse(_Form):
         return Turn("user", self.prompt), Turn("assistant", self.response)
 
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 FORMS: dict[str, type[_Alpaca | _Chat | _PromptAndResponse]] = {
     "messages": _Chat,
     "instruction": _Alpaca,
@@ -66,7 +68,7 @@ def conversation(record: dict[str, Any]) -> Conversation:
     """An Alpaca record, chat messages, or a prompt and its response, as turns.
 
     Raises:
-        Malformed: if it is none of these, an answer is empty, or nobody answers.
+        Malformed: if it is none of these, an answer is empty, or nobody asks or answers.
     """
     known = next((form for key, form in FORMS.items() if key in record), None)
     if known is None:
@@ -77,6 +79,10 @@ def conversation(record: dict[str, Any]) -> Conversation:
         raise Malformed("no assistant turn")
     if any(not turn.content.strip() for turn in answers):
         raise Malformed("empty answer")
+    if turns[0].role == "assistant":
+        raise Malformed("nobody asks", "the first turn is the assistant's")
+    if any(LONE_SURROGATE.search(turn.content) for turn in turns):
+        raise Malformed("half a character", "a lone surrogate, which is no text")
     return turns
 
 

@@ -1,6 +1,7 @@
 """Records of training data by file and line, and what is wrong with those that cannot be used."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from llmscale.artifacts import write_text
 from llmscale.errors import RecipeError
 
+SPACE = re.compile(r"[ \t\r\n]*")
 OnMalformed = Literal["refuse", "skip"]
 Made = TypeVar("Made")
 
@@ -57,29 +59,38 @@ def _lines(text: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield number, Malformed("broken JSON", str(error))
 
 
 def _items(text: str) -> Iterator[tuple[int, Any]]:
-    """The items of an array, each with the line on which it begins; a broken one is the last."""
+    """The items of an array, each with the line on which it begins; what is broken ends it."""
     decoder = json.JSONDecoder()
-    place, line, end = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[")), len(text)
-    while place < end:
-        begin = place
-        while place < end and text[place] in " \t\r\n,":
-            place += 1
+    place, wanted = text.index("[") + 1, "item"
+    line = 1 + text.count("\n", 0, place)
+    while True:
+        begin, place = place, SPACE.match(text, place).end()  # type: ignore[union-attr]
         line += text.count("\n", begin, place)
-        if place == end or text[place] == "]":
+        sign = text[place : place + 1]
+        if sign == "]" and wanted != "item after a comma":
+            rest = SPACE.match(text, place + 1).end()  # type: ignore[union-attr]
+            if rest < len(text):
+                yield line, Malformed("broken JSON", "text behind the end of the array")
             return
+        if wanted == "comma":
+            if sign != ",":
+                yield line, Malformed("broken JSON", "no comma, and no end of the array")
+                return
+            place, wanted = place + 1, "item after a comma"
+            continue
         try:
             value, after = decoder.raw_decode(text, place)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield line, Malformed("broken JSON", str(error))
             return
         yield line, value
         line += text.count("\n", place, after)
-        place = after
+        place, wanted = after, "comma"
 
 
 @dataclass

@@ -4,6 +4,9 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from llmscale.data.conversations import Turn
+from llmscale.data.records import Malformed
+from llmscale.errors import RecipeError
 from llmscale.settings import Settings
 
 Decoding = Literal["greedy", "beam", "sample"]
@@ -58,3 +61,27 @@ def generate(
     )
     text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     return text.partition(stop)[0] if stop else text
+
+
+def answer_or_continuation(
+    model: Any, tokenizer: Any, prompt: str, settings: Generation, seed: int, raw: bool = False
+) -> tuple[str, bool]:
+    """What a model with a chat template answers, else its continuation; and whether it answers.
+
+    Args:
+        raw: leave the template out.
+
+    Raises:
+        RecipeError: if the template refuses a prompt alone.
+    """
+    from llmscale.data.chat import end_of_answer, own_template, prompt_text
+
+    template = None if raw else own_template(tokenizer)
+    if template is None:
+        return generate(model, tokenizer, prompt, settings, seed), False
+    try:
+        asked = prompt_text((Turn("user", prompt),), tokenizer, template)
+        stop = end_of_answer(tokenizer, template)
+    except Malformed as problem:
+        raise RecipeError(f"the model's chat template: {problem}; leave it out by --raw") from None
+    return generate(model, tokenizer, asked, settings, seed, stop), True

@@ -22,11 +22,10 @@ from llmscale.recipe.sweep import (
     with_paths_resolved,
 )
 from llmscale.recipe.yaml_places import Document, KeyPath, parse_value, read_yaml, write_yaml
-from llmscale.settings import Problem, Settings, choices, shown, under
+from llmscale.settings import Name, Problem, Settings, choices, shown, under
 from llmscale.stages import KINDS
 from llmscale.stages.base import Link, RecipeView, Stage, is_file, is_folder
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
 RESERVED_STAGE_NAMES = ("code", "ray", "slurm", "superseded", "sweep")
 
 

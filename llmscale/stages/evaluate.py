@@ -12,7 +12,7 @@ from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
-from llmscale.evaluation.generation import Decoding, Generation, generate
+from llmscale.evaluation.generation import Decoding, Generation, answer_or_continuation
 from llmscale.models.architecture import Architecture
 from llmscale.settings import Problem, Settings
 from llmscale.stages.base import (
@@ -153,7 +153,8 @@ class Evaluate(Stage):
         texts = []
         for number, prompt in enumerate(samples.prompts):
             workspace.progress.update(number, len(samples.prompts), "samples")
-            text = generate(model, tokenizer, prompt, samples, workspace.seed + number)
+            seed = workspace.seed + number
+            text, _ = answer_or_continuation(model, tokenizer, prompt, samples, seed)
             texts.append({"prompt": prompt, "text": text})
         write_json(workspace.folder.path / "samples.json", texts)
         workspace.progress.update(len(texts), len(texts), "samples")

@@ -1,16 +1,17 @@
 """Instruction data as examples on disk: made once, before training starts."""
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmscale.artifacts import StageFolder, new_folder, read_json, write_json
-from llmscale.data.chat import Example, encoded_conversation
+from llmscale.data.chat import Example, encoded_conversation, own_template
 from llmscale.data.conversations import conversation
 from llmscale.data.examples import Examples, ExampleSamples, write_examples
 from llmscale.data.records import Intake, Malformed
@@ -18,7 +19,6 @@ from llmscale.data.split import position
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_architecture, read_vocabulary
-from llmscale.settings import shown
 from llmscale.stages.base import Workspace
 from llmscale.stages.engines import TrainedModel
 from llmscale.stages.finetune import ABOUT_EXAMPLES, DataSet, FewOfEach, Finetune
@@ -28,6 +28,13 @@ from llmscale.training.supervised import Supervised, SupervisedSamples, Supervis
 
 LENGTH_MULTIPLE = 8
 SPLITS = ("train", "validation")
+
+
+class Classed(NamedTuple):
+    """An example and its class, which is empty where none is asked for."""
+
+    example: Example
+    name: str
 
 
 @dataclass(frozen=True)
@@ -40,19 +47,19 @@ class _Reading:
     seed: int
     intake: Intake
 
-    def examples(self, one: DataSet, on_file: Callable[[Path], None]) -> Iterator[Example]:
+    def examples(self, one: DataSet, on_file: Callable[[Path], None]) -> list[Classed]:
         """Those of a data set that can be used."""
-        made: list[tuple[Example, str]] = []
+        made: list[Classed] = []
         for file in one.files():
             on_file(file)
-            made += [pair for _, pair in self.intake.made(partial(self._example, one.few), file)]
-        yield from _few(made, one.few, self.seed) if one.few else (example for example, _ in made)
+            made += [own for _, own in self.intake.made(partial(self._example, one.few), file)]
+        return made
 
-    def _example(self, few: FewOfEach | None, record: dict[str, Any]) -> tuple[Example, str]:
+    def _example(self, few: FewOfEach | None, record: dict[str, Any]) -> Classed:
         example = encoded_conversation(conversation(record), self.tokenizer, self.template)
         if len(example) > self.most:
             raise Malformed("longer than the sequence", f"{len(example)} tokens, above {self.most}")
-        return example, _class(record, few)
+        return Classed(example, _class(record, few))
 
 
 def make_examples(stage: Finetune, workspace: Workspace) -> None:
@@ -63,7 +70,7 @@ def make_examples(stage: Finetune, workspace: Workspace) -> None:
     """
     model = workspace.inputs["start_from"]
     tokenizer = load_tokenizer(model)
-    _require_vocabulary(model, tokenizer)
+    _require_tokens(model, tokenizer)
     template = _template(stage, model, tokenizer)
     reading = _Reading(tokenizer, template, room(stage, model), workspace.seed, Intake())
     files, done = sum(len(one.files()) for one in stage.data.values()), count()
@@ -72,13 +79,19 @@ def make_examples(stage: Finetune, workspace: Workspace) -> None:
         examples = reading.examples(
             one, lambda file: workspace.progress.update(next(done), files, "files", file.name)
         )
-        sets[name] = split_examples(list(examples), stage.validation_fraction, workspace.seed)
+        made = split_examples(examples, stage.validation_fraction, workspace.seed)
+        if one.few is not None:
+            made["train"] = _few(made["train"], one.few, workspace.seed)
+        sets[name] = {split: [own.example for own in part] for split, part in made.items()}
     folder = workspace.folder
     folder.path.mkdir(parents=True, exist_ok=True)
     reading.intake.close(folder.path, stage.malformed, f"stages.{folder.path.name}.malformed")
     for name, splits in sets.items():
         if not splits["train"]:
-            raise RecipeError(f"{name} has no example to train on; give records that can be used")
+            raise RecipeError(
+                f"{name} has no example to train on; give more records that can be used, or set "
+                "validation_fraction: 0"
+            )
     _write(sets, folder, tokenizer, template)
     folder.add_metrics(malformed=reading.intake.counts())
 
@@ -108,7 +121,17 @@ def _write(
     folder.add_metrics(examples=counts)
 
 
-def _require_vocabulary(model: Path, tokenizer: Any) -> None:
+def _require_tokens(model: Path, tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"{model}: the tokenizer has no end-of-text token (eos_token); name one in its "
+            "tokenizer_config.json"
+        )
+    if not tokenizer.is_fast:
+        raise RecipeError(
+            f"{model}: the tokenizer has no tokenizer.json, which tells where tokens begin; "
+            "convert it by transformers"
+        )
     rows = read_vocabulary(model)
     if len(tokenizer) > rows:
         raise RecipeError(
@@ -123,10 +146,10 @@ def room(stage: Finetune, model: Path) -> int:
 
 
 def _template(stage: Finetune, model: Path, tokenizer: Any) -> str:
-    template = stage.template_text() or tokenizer.chat_template
+    template = stage.template_text() or own_template(tokenizer)
     if template is None:
         raise RecipeError(f"{model}: the model has no chat template; set template: chatml")
-    return str(template)
+    return template
 
 
 def _file(folder: Path, name: str, split: str) -> Path:
@@ -138,37 +161,34 @@ def _class(record: Mapping[str, Any], few: FewOfEach | None) -> str:
         return ""
     if few.class_key not in record:
         raise Malformed("missing field", few.class_key)
-    return shown(record[few.class_key])
+    return json.dumps(record[few.class_key], sort_keys=True)
 
 
-def _few(made: list[tuple[Example, str]], few: FewOfEach, seed: int) -> Iterator[Example]:
-    """The first so many of each class, in an order that the seed gives.
-
-    It is another order than that of ``split_examples``, which would take the same ones.
-    """
-    classes: defaultdict[str, list[Example]] = defaultdict(list)
-    for example, name in sorted(made, key=lambda pair: _position(pair[0], seed, "few")):
-        if len(classes[name]) < few.examples:
-            classes[name].append(example)
-            yield example
+def _few(made: list[Classed], few: FewOfEach, seed: int) -> list[Classed]:
+    """The first so many of each class, in an order that the seed gives."""
+    chosen: defaultdict[str, list[Classed]] = defaultdict(list)
+    for own in sorted(made, key=lambda own: _position(own.example, seed, "few")):
+        if len(chosen[own.name]) < few.examples:
+            chosen[own.name].append(own)
+    return [own for each in chosen.values() for own in each]
 
 
 def _position(example: Example, seed: int, purpose: str = "split") -> float:
     return position(f"{purpose} {example.tokens_n.tobytes().hex()}", seed)
 
 
-def split_examples(examples: list[Example], fraction: float, seed: int) -> dict[str, list[Example]]:
+def split_examples(made: list[Classed], fraction: float, seed: int) -> dict[str, list[Classed]]:
     """Examples by split; equal ones fall on the same side.
 
     Where the fraction is above 0 but leaves validation empty, the example of lowest position
     goes there.
     """
-    placed = [(_position(example, seed), example) for example in examples]
+    placed = [(_position(own.example, seed), own) for own in made]
     lowest = min((place for place, _ in placed), default=0.0)
     threshold = max(fraction, math.nextafter(lowest, 1.0)) if fraction > 0 else 0.0
     return {
-        "train": [example for place, example in placed if place >= threshold],
-        "validation": [example for place, example in placed if place < threshold],
+        "train": [own for place, own in placed if place >= threshold],
+        "validation": [own for place, own in placed if place < threshold],
     }
 
 

@@ -16,7 +16,7 @@ from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture
 from llmscale.parallel.layout import Layout
-from llmscale.settings import NOT_IDENTITY, Problem, Settings, under
+from llmscale.settings import NOT_IDENTITY, Name, Problem, Settings, under
 from llmscale.stages.base import (
     MODEL_FILES,
     Link,
@@ -90,7 +90,7 @@ class Finetune(Stage):
 
     kind: Literal["finetune"]
     start_from: StageOrFolder
-    data: dict[str, DataSet] = Field(min_length=1)
+    data: dict[Name, DataSet] = Field(min_length=1)
     template: Template | None = None
     sequence_length: PositiveInt | None = None
     packing: bool = False
@@ -140,6 +140,12 @@ class Finetune(Stage):
             yield Problem((), f"give either steps or epochs, not both; {given}")
         elif self.steps is not None:
             yield from under("optimizer", self.optimizer.problems(self.steps))
+        if self.early_stopping is not None and self.validation_fraction == 0:
+            yield Problem(
+                ("early_stopping",),
+                "looks at the validation loss, and validation_fraction is 0; raise that, or "
+                "remove it",
+            )
         try:
             architecture = architecture_of(self.start_from, view.stages)
         except RecipeError as error:
@@ -153,6 +159,13 @@ class Finetune(Stage):
                 ("start_from",),
                 f"{architecture.family} does not go on from a text, so it cannot answer; use a "
                 "decoder, such as llama",
+            )
+            return
+        if architecture.experts:
+            yield Problem(
+                ("start_from",),
+                f"{architecture.family} has experts, whose balance is not weighed for answers "
+                "alone here; use a model without",
             )
             return
         longest, wanted = architecture.sequence_length, self.sequence_length

@@ -7,7 +7,14 @@ from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.models.architecture import Architecture
 from llmscale.parallel.layout import Layout
 from llmscale.settings import Problem, under
-from llmscale.training.settings import Batch, EngineName, Precision, Recompute, Zero
+from llmscale.training.settings import (
+    Batch,
+    EngineName,
+    Optimizer,
+    Precision,
+    Recompute,
+    Zero,
+)
 
 
 def layout_problems(
@@ -42,6 +49,8 @@ class WithEngine(Protocol):
     @property
     def zero(self) -> Zero: ...
     @property
+    def optimizer(self) -> Optimizer: ...
+    @property
     def parallel(self) -> Layout: ...
     @property
     def precision(self) -> Precision: ...
@@ -54,7 +63,7 @@ def engine_problems(
 ) -> Iterator[Problem]:
     """What an engine does not offer, or what a precision needs that is not there."""
     if stage.engine == "deepspeed":
-        yield from _deepspeed_problems(stage)
+        yield from _deepspeed_problems(stage, architecture)
     elif stage.zero != Zero():
         yield Problem(("zero",), "engine megatron has no ZeRO; set engine: deepspeed, or remove it")
     elif stage.precision == "fp8" and cluster.device == "cpu":
@@ -67,9 +76,17 @@ def engine_problems(
         )
 
 
-def _deepspeed_problems(stage: WithEngine) -> Iterator[Problem]:
+def _deepspeed_problems(stage: WithEngine, architecture: Architecture) -> Iterator[Problem]:
+    if architecture.experts:
+        yield Problem(
+            ("engine",),
+            f"deepspeed does not balance the experts of {architecture.family}; use megatron",
+        )
+    if stage.optimizer.distributed:
+        yield Problem(("optimizer", "distributed"), "is engine megatron's; use zero: {stage: 1}")
     split = next(
-        (d for d in ("tensor", "pipeline", "context") if getattr(stage.parallel, d) > 1), None
+        (d for d in ("tensor", "pipeline", "context", "expert") if getattr(stage.parallel, d) > 1),
+        None,
     )
     if split is not None:
         yield Problem(

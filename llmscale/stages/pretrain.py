@@ -40,6 +40,8 @@ from llmscale.training.settings import (
 )
 
 CORPUS = Link(("prepare",))
+FIRST_WEIGHTS = "first_weights"
+"""The folder in a stage's with the weights from the seed, where an engine needs one."""
 ABOUT_TOKENS = "tokens/tokens.json"
 """The file in a stage's folder that says what its tokens are, and that they are whole."""
 

@@ -22,7 +22,7 @@ from llmscale.parallel.turns import in_turns
 from llmscale.parallel.world import joined_world, process_groups
 from llmscale.stages.base import Workspace
 from llmscale.stages.engines import FirstWeights, TrainedModel, set_first_weights
-from llmscale.stages.pretrain import ABOUT_TOKENS, Pretrain
+from llmscale.stages.pretrain import ABOUT_TOKENS, FIRST_WEIGHTS, Pretrain
 from llmscale.stages.train_rank import Course
 from llmscale.training.curriculum import PlacedPhase
 from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
@@ -30,7 +30,6 @@ from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.objectives import Objective, make_objective
 
 SECONDS_FOR_A_TURN = 3600.0
-FIRST_WEIGHTS = "first_weights"
 
 
 def make_tokens(stage: Pretrain, workspace: Workspace) -> None:

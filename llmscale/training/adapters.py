@@ -10,7 +10,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from llmscale.errors import RecipeError
+from llmscale.settings import choices
 from llmscale.training.settings import Adapter
 
 NAME = "default"
@@ -23,9 +26,16 @@ def with_adapter(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     """The model frozen, with an adapter to train; the same for the same seed.
 
     Raises:
-        ValueError: if the model has no layer that ``targets`` names.
+        RecipeError: if the model lacks a linear layer that ``targets`` names.
     """
     targets = "all-linear" if adapter.targets is None else list(adapter.targets)
+    known = _linear_layers(model)
+    for target in adapter.targets or ():
+        if target not in known:
+            raise RecipeError(
+                f"adapter.targets: {target!r} is no linear layer of the model that can have an "
+                f"adapter; use {choices(known)}"
+            )
     config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -36,6 +46,18 @@ def with_adapter(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """The last names of the linear layers, but of the output layer, which may be tied."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+        }
+    )
 
 
 def is_adapted(model: nn.Module) -> bool:

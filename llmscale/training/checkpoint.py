@@ -41,6 +41,7 @@ class TrainingState:
     tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    worse_validations: int = 0
 
 
 class _Saving:

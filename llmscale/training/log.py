@@ -28,7 +28,7 @@ class TrainingLog:
         self._progress = progress
         self._steps = steps
         self._peak_flops = peak_flops
-        kept = [m for m in folder.metrics() if m["step"] <= resumed_step]
+        kept = [m for m in folder.metrics() if m["step"] <= resumed_step] if resumed_step else []
         write_text(folder.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
         self._file: TextIO = folder.metrics_file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=resumed_step + 1)

@@ -81,10 +81,7 @@ class Trainer:
         """Whether the last step is done, or too many validations brought nothing better."""
         if state.step >= self.steps:
             return True
-        every = self.checkpointing.every
-        if self.patience is None or state.best_step is None or state.step % every:
-            return False
-        return state.step - state.best_step >= self.patience * every
+        return self.patience is not None and state.worse_validations >= self.patience
 
     def _step(self, batch: StepBatch, step: int) -> StepResult:
         places = rank_places(
@@ -143,8 +140,8 @@ class Trainer:
             self.log.validation(state.step, loss)
         better = state.best_loss is None or loss < state.best_loss
         if better and math.isfinite(loss):
-            return replace(state, best_loss=loss, best_step=state.step)
-        return state
+            return replace(state, best_loss=loss, best_step=state.step, worse_validations=0)
+        return replace(state, worse_validations=state.worse_validations + 1)
 
     def validation_loss(self, samples: ValidationSamples) -> float:
         """The mean loss a token over the validation samples; collective."""

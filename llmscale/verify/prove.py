@@ -48,9 +48,16 @@ def training_stages(recipe: Recipe) -> dict[str, Pretrain]:
     Raises:
         RecipeError: if there is none.
     """
-    found = {n: stage for n, stage in recipe.stages.items() if isinstance(stage, Pretrain)}
+    found = {
+        name: stage
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, Pretrain) and stage.engine == "megatron"
+    }
     if not found:
-        raise RecipeError(f"{recipe.name}: no stage trains a model; add one of kind pretrain")
+        raise RecipeError(
+            f"{recipe.name}: no stage of kind pretrain has engine megatron, whose layouts are "
+            "proven; add one"
+        )
     return found
 
 

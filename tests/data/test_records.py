@@ -23,6 +23,12 @@ MALFORMED = {
     '{"instruction": "a", "output": ""}': "empty answer",
     '{"messages": [{"role": "user", "content": "a"}]}': "no assistant turn",
     '{"messages": []}': "no assistant turn",
+    '{"prompt": "a", "response": "\\ud800"}': (
+        "half a character: a lone surrogate, which is no text"
+    ),
+    '{"messages": [{"role": "assistant", "content": "a"}]}': (
+        "nobody asks: the first turn is the assistant's"
+    ),
     '{"messages": [{"role": "robot", "content": "a"}]}': (
         "wrong field: messages.0.role: Input should be 'system', 'user' or 'assistant'"
     ),
@@ -55,6 +61,8 @@ def test_skipped_records_are_counted_by_kind_and_all_written_down(tmp_path: Path
         "wrong field": 2,
         "empty answer": 2,
         "no assistant turn": 2,
+        "half a character": 1,
+        "nobody asks": 1,
     }
     told = (tmp_path / "malformed.txt").read_text().splitlines()
     assert told == [f"{file}:{n}: {why}" for n, why in enumerate(MALFORMED.values(), 1)]
@@ -96,6 +104,28 @@ def test_the_rest_of_an_array_behind_a_broken_item_is_named_not_guessed_at(tmp_p
     first, second = read_records(file)
     assert (first.line, second.line) == (2, 3)
     assert str(second.value).startswith("broken JSON")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"a": 1},\n',
+        '[{"a": 1}',
+        '[{"a": 1}]\n{"b": 2}\n',
+        '["x"]\n["y"]\n',
+        '[{"a": 1} {"b": 2}]',
+        '[{"a": 1},, {"b": 2}]',
+        '[{"a": 1},]',
+        "[" * 100_000,
+    ],
+)
+def test_an_array_that_is_cut_off_or_goes_on_is_never_taken_for_whole(
+    text: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(text)
+    *_, last = read_records(file)
+    assert str(last.value).startswith("broken JSON"), last
 
 
 def test_alpaca_chat_and_prompt_records_say_the_same() -> None:

@@ -54,6 +54,33 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
         {"precision": "fp8"},
         ".precision: fp8 needs a GPU, but cluster.device is cpu; use bf16",
     ),
+    "a name that is no folder's": (
+        {"data": f"{{a/b: {{path: {RECIPES}/quickstart.yaml}}}}"},
+        ".data.a/b: 'a/b' is no name; use letters, digits, - and _, at most 100 of them, a letter "
+        "or digit first",
+    ),
+    "nothing to stop early by": (
+        {"early_stopping": "{patience: 2}", "validation_fraction": "0.0"},
+        ".early_stopping: looks at the validation loss, and validation_fraction is 0; raise that, "
+        "or remove it",
+    ),
+    "an adapter where there is none": (
+        {"adapter": "{rank: 4}"},
+        ".adapter: engine megatron has none yet; set engine: deepspeed",
+    ),
+    "ZeRO on megatron": (
+        {"zero": "{stage: 2}"},
+        ".zero: engine megatron has no ZeRO; set engine: deepspeed, or remove it",
+    ),
+    "tensor ranks on deepspeed": (
+        {"engine": "deepspeed", "parallel": "{tensor: 2}"},
+        ".parallel.tensor: engine deepspeed splits a model by zero alone; remove it, or use "
+        "engine megatron",
+    ),
+    "weights to the host that are not split": (
+        {"engine": "deepspeed", "parallel": "{}", "zero": "{stage: 1, offload: weights}"},
+        ".zero.offload: stage 1 splits no weights; use stage 3",
+    ),
     "weights that hardly repeat": (
         {
             "data": f"{{a: {{path: {RECIPES}/quickstart.yaml, weight: 0.1234567}}, "
