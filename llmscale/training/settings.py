@@ -200,7 +200,7 @@ class Adapter(Settings):
     but the output layer.
     """
 
-    kind: Literal["lora"] = "lora"
+    method: Literal["lora"] = "lora"
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None

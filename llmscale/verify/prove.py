@@ -56,7 +56,7 @@ def training_stages(recipe: Recipe) -> dict[str, Pretrain]:
     if not found:
         raise RecipeError(
             f"{recipe.name}: no stage of kind pretrain has engine megatron, whose layouts are "
-            "proven; add one"
+            "what is proven; add one"
         )
     return found
 

@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_assistant_is_taught_and_answers(model: Path, tmp_path: Path) -> None:
     start = f"stages.assistant.start_from={model}"
     shown = llmscale("show", ASSISTANT, start)
-    assert "kind: lora" in shown
+    assert "method: lora" in shown
     run = tmp_path / "run"
     told = json.loads(llmscale("run", ASSISTANT, start, *A_LITTLE, "--run-dir", run, "--json"))
     counts = told["metrics"]["assistant"]["examples"]["shakespeare"]

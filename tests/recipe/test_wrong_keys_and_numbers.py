@@ -23,6 +23,7 @@ MAY_BE_ZERO = {
     "restarts",
     "balance_coefficient",
     "seed",
+    "stage",
     "sentinels",
     "validation_fraction",
     "warmup_steps",

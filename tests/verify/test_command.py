@@ -89,7 +89,10 @@ def test_a_recipe_without_training_is_refused(tmp_path: Path) -> None:
     recipe.write_text("name: x\nstages: {c: {kind: prepare, sources: [{path: a.txt}]}}\n")
     done = llmscale("verify", recipe)
     assert done.returncode == 2
-    assert done.stderr == "x: no stage trains a model; add one of kind pretrain\n"
+    assert done.stderr == (
+        "x: no stage of kind pretrain has engine megatron, whose layouts are what is proven; add "
+        "one\n"
+    )
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
