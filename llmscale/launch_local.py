@@ -14,7 +14,7 @@ from llmscale.errors import MachineError, RecipeError
 from llmscale.launch import Request, run_pipeline
 from llmscale.recipe.sweep import in_words
 from llmscale.runs import require_no_live_jobs
-from llmscale.stages import TRAINING
+from llmscale.stages.trained import TrainedStage
 from llmscale.sweeps import dry_run, run_sweep
 
 
@@ -44,15 +44,15 @@ class LocalLaunch:
         recipe = self.request.recipe
         require_no_live_jobs(self.request.folder)
         require_device(recipe.cluster.device)
-        for stage in recipe.stages.values():
-            if isinstance(stage, TRAINING):
-                require_engine(stage.engine)
-        in_fp8 = [
-            name
+        trained = [
+            (name, stage)
             for each in (recipe, *recipe.members())
             for name, stage in each.stages.items()
-            if isinstance(stage, TRAINING) and stage.precision == "fp8"
+            if isinstance(stage, TrainedStage)
         ]
+        for _, stage in trained:
+            require_engine(stage.engine)
+        in_fp8 = [name for name, stage in trained if stage.precision == "fp8"]
         if in_fp8 and not cuda_present():
             raise MachineError(
                 f"stages.{in_fp8[0]}.precision: fp8 needs an NVIDIA GPU, and this machine has "

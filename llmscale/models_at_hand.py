@@ -13,9 +13,9 @@ from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Generation, answer_or_continuation
 from llmscale.recipe.explain import explain
 from llmscale.recipe.recipe import read_resolved
-from llmscale.stages import TRAINING
 from llmscale.stages.finetune import Finetune
-from llmscale.stages.pretrain import FIRST_WEIGHTS
+from llmscale.stages.pretrain import FIRST_WEIGHTS, Pretrain
+from llmscale.stages.trained import TrainedStage
 
 
 def generate_text(
@@ -104,10 +104,10 @@ def export(run_stage: str, target: Path) -> dict[str, Any]:
     parts = runs.split_model(run_stage)
     folder = runs.open_run(parts[0] if parts else run_stage)
     recipe = read_resolved(folder.recipe_file)
-    training = [name for name, stage in recipe.stages.items() if isinstance(stage, TRAINING)]
+    training = [name for name, stage in recipe.stages.items() if isinstance(stage, TrainedStage)]
     name = parts[1] if parts else (training[-1] if training else "")
     stage = recipe.stages.get(name)
-    if not isinstance(stage, TRAINING):
+    if not isinstance(stage, TrainedStage):
         known = ", ".join(training) or "none"
         raise RecipeError(f"{run_stage}: {name!r} is no training stage; there are: {known}")
     for key, linked in stage.linked(recipe.stages).items():
@@ -123,8 +123,9 @@ def export(run_stage: str, target: Path) -> dict[str, Any]:
     own, inputs = folder.stage(name), input_folders(recipe, stage, folder)
     if isinstance(stage, Finetune):
         start_from: Path | None = inputs["start_from"]
-        trained = fine_tuned(own, inputs["start_from"])
+        trained = fine_tuned(stage, own, inputs["start_from"])
     else:
+        assert isinstance(stage, Pretrain), "there is no third kind that trains"
         start_from = first_folder(stage, own)
         trained = pretrained(stage, own, inputs["tokenizer"])
     with tempfile.TemporaryDirectory() as meeting:

@@ -15,7 +15,7 @@ from llmscale.recipe.recipe import Recipe, read_resolved
 from llmscale.recipe.sweep import grid
 from llmscale.runs import known_live_jobs, known_ray_job
 from llmscale.settings import shown
-from llmscale.stages import TRAINING
+from llmscale.stages.trained import TrainedStage
 
 
 def status(folder: RunFolder) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _member(folder: RunFolder, recipe: Recipe, jobs: Mapping[str, JobState]) -> 
     holder = folder.holder() if folder.path.is_dir() else None
     stages = [_stage(folder, recipe, name, holder, bool(jobs)) for name in recipe.order()]
     own = [told for told in stages if not folder.stage(told["stage"]).path.is_symlink()]
-    trained = [told for told in stages if isinstance(recipe.stages[told["stage"]], TRAINING)]
+    trained = [told for told in stages if isinstance(recipe.stages[told["stage"]], TrainedStage)]
     metrics = trained[-1]["metrics"] if trained else {}
     return {
         "status": _member_status(stages, own, holder, jobs),

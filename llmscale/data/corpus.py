@@ -1,7 +1,6 @@
 """A corpus: one JSON-lines file a split, written once and streamed ever after."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal, get_args
 
 from llmscale.artifacts import sync_file
 from llmscale.data.documents import Document, cleaned
-from llmscale.data.split import position
+from llmscale.data.split import position, validation_threshold
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -41,11 +40,10 @@ def write_corpus(
     Returns:
         For each split: documents, characters and bytes; and the duplicates left out.
     """
-    threshold = validation_fraction
-    if validation_fraction > 0:
-        texts = (cleaned(document.text) for document in documents())
-        lowest = min((position(text, seed) for text in texts if text.strip()), default=0.0)
-        threshold = max(validation_fraction, math.nextafter(lowest, 1.0))
+    texts = (cleaned(document.text) for document in documents())
+    threshold = validation_threshold(
+        validation_fraction, (position(text, seed) for text in texts if text.strip())
+    )
     counts: dict[str, dict[str, int]] = {
         split: {"documents": 0, "characters": 0, "bytes": 0} for split in SPLITS
     }

@@ -14,6 +14,3 @@ KINDS: dict[str, type[Stage]] = {
     "finetune": Finetune,
     "evaluate": Evaluate,
 }
-
-TRAINING = (Pretrain, Finetune)
-"""The kinds that train a model, and leave checkpoints of it."""

@@ -58,6 +58,11 @@ def is_file(path: str) -> bool:
         return False
 
 
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a ``RecipePattern`` names, sorted."""
+    return sorted(Path(name) for name in glob.glob(pattern, recursive=True) if is_file(name))
+
+
 def _stage_or_folder(name: str, info: ValidationInfo) -> str:
     if name in (info.context or {}).get("stages", ()):
         return name

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from llmscale.clusters.devices import require_engine
 from llmscale.errors import RecipeError
@@ -13,44 +12,10 @@ from llmscale.models.huggingface import HuggingFaceWeights, fill
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.probes import require_precision
 from llmscale.stages.imported import is_import, load_imported
+from llmscale.stages.trained import TrainedStage
 from llmscale.training.engine import Engine
 from llmscale.training.megatron_engine import MegatronEngine
-from llmscale.training.settings import (
-    Adapter,
-    Batch,
-    Checkpointing,
-    EngineName,
-    Health,
-    Optimizer,
-    Precision,
-    Recompute,
-    Zero,
-)
-
-
-class Trained(Protocol):
-    """What the settings of every stage that trains say."""
-
-    @property
-    def engine(self) -> EngineName: ...
-    @property
-    def zero(self) -> Zero: ...
-    @property
-    def adapter(self) -> Adapter | None: ...
-    @property
-    def parallel(self) -> Layout: ...
-    @property
-    def batch(self) -> Batch: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def recompute(self) -> Recompute: ...
-    @property
-    def checkpoint(self) -> Checkpointing: ...
-    @property
-    def health(self) -> Health: ...
+from llmscale.training.settings import Adapter
 
 
 @dataclass(frozen=True)
@@ -60,12 +25,14 @@ class TrainedModel:
     Attributes:
         tokenizer: the folder that has the tokenizer.
         chat_template: in Jinja, if there is one beside the tokenizer's own.
+        adapter: what alone of it is trained, if not all.
     """
 
     architecture: Architecture
     vocabulary: int
     tokenizer: Path
     chat_template: str | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +51,7 @@ class FirstWeights:
 
 @contextmanager
 def built_engine(
-    stage: Trained, model: TrainedModel, first: FirstWeights, layout: Layout, device: str
+    stage: TrainedStage, model: TrainedModel, first: FirstWeights, layout: Layout, device: str
 ) -> Iterator[Engine]:
     """The engine, at a layout whose process groups are there; collective.
 
@@ -114,8 +81,8 @@ def built_engine(
     if first.folder is None or is_import(first.folder):
         raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")
     loaded = loaded_model(first.folder, model.architecture, stage.zero, stage.recompute, device)
-    if stage.adapter is not None:
-        loaded = with_adapter(loaded, stage.adapter, first.seed)
+    if model.adapter is not None:
+        loaded = with_adapter(loaded, model.adapter, first.seed)
     zero_engine = DeepSpeedEngine(
         loaded,
         model.architecture,

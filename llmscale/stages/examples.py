@@ -15,7 +15,7 @@ from llmscale.data.chat import Example, encoded_conversation, own_template
 from llmscale.data.conversations import conversation
 from llmscale.data.examples import Examples, ExampleSamples, write_examples
 from llmscale.data.records import Intake, Malformed
-from llmscale.data.split import position
+from llmscale.data.split import position, validation_threshold
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.models.huggingface_config import read_architecture, read_vocabulary
@@ -178,27 +178,23 @@ def _position(example: Example, seed: int, purpose: str = "split") -> float:
 
 
 def split_examples(made: list[Classed], fraction: float, seed: int) -> dict[str, list[Classed]]:
-    """Examples by split; equal ones fall on the same side.
-
-    Where the fraction is above 0 but leaves validation empty, the example of lowest position
-    goes there.
-    """
+    """Examples by split; equal ones fall on the same side."""
     placed = [(_position(own.example, seed), own) for own in made]
-    lowest = min((place for place, _ in placed), default=0.0)
-    threshold = max(fraction, math.nextafter(lowest, 1.0)) if fraction > 0 else 0.0
+    threshold = validation_threshold(fraction, (place for place, _ in placed))
     return {
         "train": [own for place, own in placed if place >= threshold],
         "validation": [own for place, own in placed if place < threshold],
     }
 
 
-def fine_tuned(folder: StageFolder, start_from: Path) -> TrainedModel:
+def fine_tuned(stage: Finetune, folder: StageFolder, start_from: Path) -> TrainedModel:
     """The model that a stage of fine-tuning trains, once its examples are made."""
     return TrainedModel(
         architecture=read_architecture(start_from),
         vocabulary=read_vocabulary(start_from),
         tokenizer=start_from,
         chat_template=(read_json(folder.path / ABOUT_EXAMPLES) or {}).get("template"),
+        adapter=stage.adapter,
     )
 
 
@@ -219,7 +215,7 @@ def fine_tuning(stage: Finetune, workspace: Workspace) -> Course:
         if counts["validation"]
     ]
     return Course(
-        model=fine_tuned(workspace.folder, model),
+        model=fine_tuned(stage, workspace.folder, model),
         start_from=model,
         data=TrainingData(stage.batch, [SupervisedSamples(sources, stage.weights(), objective)]),
         validation=SupervisedValidation(held_out, stage.validation.samples, objective)

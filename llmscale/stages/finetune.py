@@ -1,9 +1,8 @@
 """Fine-tuning a model on instruction data: it learns what assistants say."""
 
-import glob
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
@@ -15,8 +14,7 @@ from llmscale.data.templates import TEMPLATES
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture
-from llmscale.parallel.layout import Layout
-from llmscale.settings import NOT_IDENTITY, Name, Problem, Settings, under
+from llmscale.settings import Name, Problem, Settings, under
 from llmscale.stages.base import (
     MODEL_FILES,
     Link,
@@ -25,22 +23,11 @@ from llmscale.stages.base import (
     Stage,
     StageOrFolder,
     Workspace,
-    is_file,
+    matching_files,
 )
-from llmscale.stages.layouts import engine_problems, layout_problems, training_task
 from llmscale.stages.pretrain import Pretrain
-from llmscale.training.settings import (
-    Adapter,
-    Batch,
-    Checkpointing,
-    EngineName,
-    Health,
-    Optimizer,
-    Precision,
-    Recompute,
-    Validation,
-    Zero,
-)
+from llmscale.stages.trained import TrainedStage
+from llmscale.training.settings import Adapter
 
 ABOUT_EXAMPLES = "examples/examples.json"
 """The file in a stage's folder that says what its examples are, and that they are whole."""
@@ -70,7 +57,7 @@ class DataSet(Settings):
 
     def files(self) -> list[Path]:
         """The files the pattern names, sorted."""
-        return sorted(Path(name) for name in glob.glob(self.path, recursive=True) if is_file(name))
+        return matching_files(self.path)
 
 
 class EarlyStopping(Settings):
@@ -79,7 +66,7 @@ class EarlyStopping(Settings):
     patience: PositiveInt
 
 
-class Finetune(Stage):
+class Finetune(TrainedStage):
     """``kind: finetune``. Gives ``checkpoints/`` and, of the best one, ``hf/``.
 
     ``template`` turns conversations into text; left out, it is the model's own. The tokens that
@@ -96,22 +83,11 @@ class Finetune(Stage):
     packing: bool = False
     malformed: OnMalformed = "refuse"
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
-    engine: EngineName = "megatron"
-    zero: Annotated[Zero, NOT_IDENTITY] = Zero()
     adapter: Adapter | None = None
-    parallel: Annotated[Layout, NOT_IDENTITY] = Layout()
-    batch: Batch
-    optimizer: Optimizer
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
-    precision: Precision = "fp32"
-    recompute: Annotated[Recompute, NOT_IDENTITY] = "none"
-    checkpoint: Checkpointing = Checkpointing()
-    validation: Validation = Validation()
     early_stopping: EarlyStopping | None = None
-    health: Health = Health()
 
-    product: ClassVar[str] = "hf"
     about: ClassVar[str] = ABOUT_EXAMPLES
     links: ClassVar[Mapping[str, Link]] = {
         "start_from": Link(("pretrain", "finetune"), or_folder=True, folder_holds=MODEL_FILES),
@@ -175,8 +151,7 @@ class Finetune(Stage):
                 f"{wanted} is above the model's {longest}; use at most {longest}",
             )
             return
-        yield from layout_problems(architecture, self.parallel, self.batch, view.cluster, wanted)
-        yield from engine_problems(self, architecture, view.cluster)
+        yield from self.training_problems(architecture, view.cluster, wanted)
         if self.adapter is not None and self.engine != "deepspeed":
             yield Problem(("adapter",), "engine megatron has none yet; set engine: deepspeed")
 
@@ -186,7 +161,7 @@ class Finetune(Stage):
         ]
 
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
-        return (Task("examples"), training_task(self.parallel, self.batch, cluster))
+        return (Task("examples"), self.training_task(cluster))
 
     def template_text(self) -> str | None:
         """The chosen template, in Jinja."""

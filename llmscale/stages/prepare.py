@@ -1,6 +1,5 @@
 """Text to a cleaned corpus, split into training and validation."""
 
-import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from llmscale.data.corpus import write_corpus
 from llmscale.data.documents import Document, read_documents
 from llmscale.errors import RecipeError
 from llmscale.settings import Problem, Settings
-from llmscale.stages.base import RecipePattern, RecipeView, Stage, Workspace, is_file
+from llmscale.stages.base import RecipePattern, RecipeView, Stage, Workspace, matching_files
 
 
 class Source(Settings):
@@ -23,7 +22,7 @@ class Source(Settings):
 
     def files(self) -> list[Path]:
         """The files the pattern names, sorted."""
-        return sorted(Path(name) for name in glob.glob(self.path, recursive=True) if is_file(name))
+        return matching_files(self.path)
 
 
 class Prepare(Stage):

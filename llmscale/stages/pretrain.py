@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
 
@@ -12,32 +12,19 @@ from llmscale.data.span_lengths import SHORTEST_INPUT, span_lengths
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture
-from llmscale.parallel.layout import Layout
-from llmscale.settings import NOT_IDENTITY, Problem, under
+from llmscale.settings import Problem, under
 from llmscale.stages.base import (
     TOKENIZER_FILES,
     Link,
     Named,
     RecipePath,
     RecipeView,
-    Stage,
     StageOrFolder,
     Workspace,
 )
-from llmscale.stages.layouts import engine_problems, layout_problems, training_task
 from llmscale.stages.tokenizer import Tokenizer
+from llmscale.stages.trained import TrainedStage
 from llmscale.training.curriculum import Phase, PlacedPhase, Weights, lay_out, step_problems
-from llmscale.training.settings import (
-    Batch,
-    Checkpointing,
-    EngineName,
-    Health,
-    Optimizer,
-    Precision,
-    Recompute,
-    Validation,
-    Zero,
-)
 
 CORPUS = Link(("prepare",))
 FIRST_WEIGHTS = "first_weights"
@@ -46,7 +33,7 @@ ABOUT_TOKENS = "tokens/tokens.json"
 """The file in a stage's folder that says what its tokens are, and that they are whole."""
 
 
-class Pretrain(Stage):
+class Pretrain(TrainedStage):
     """``kind: pretrain``. Gives ``checkpoints/`` and, of the best one, ``hf/``.
 
     ``start_from`` is a Hugging Face folder, or what ``llmscale import`` made of one; the
@@ -65,20 +52,8 @@ class Pretrain(Stage):
     start_from: RecipePath | None = None
     sequence_length: PositiveInt | None = None
     separate_documents: bool = False
-    engine: EngineName = "megatron"
-    zero: Annotated[Zero, NOT_IDENTITY] = Zero()
-    parallel: Annotated[Layout, NOT_IDENTITY] = Layout()
-    batch: Batch
-    optimizer: Optimizer
     steps: PositiveInt
-    precision: Precision = "fp32"
-    recompute: Annotated[Recompute, NOT_IDENTITY] = "none"
-    checkpoint: Checkpointing = Checkpointing()
-    validation: Validation = Validation()
-    health: Health = Health()
 
-    adapter: ClassVar[None] = None
-    product: ClassVar[str] = "hf"
     about: ClassVar[str] = ABOUT_TOKENS
     links: ClassVar[Mapping[str, Link]] = {
         "corpus": CORPUS,
@@ -133,11 +108,8 @@ class Pretrain(Stage):
             return
         yield from under("model", architecture.problems())
         yield from self._tokenizer_problems(architecture, view)
-        yield from layout_problems(
-            architecture, self.parallel, self.batch, view.cluster, self.sequence_length
-        )
+        yield from self.training_problems(architecture, view.cluster, self.sequence_length)
         yield from under("optimizer", self.optimizer.problems(self.steps))
-        yield from engine_problems(self, architecture, view.cluster)
         if (wrong := _wrong_length(architecture, self.window)) is not None:
             yield Problem(("sequence_length",), wrong)
         yield from under("curriculum", step_problems(self.curriculum, self.steps))
@@ -208,10 +180,7 @@ class Pretrain(Stage):
         return [self.start_from and folder_fingerprint(Path(self.start_from))]
 
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
-        tokens, train = (
-            self._tokens_task(cluster),
-            training_task(self.parallel, self.batch, cluster),
-        )
+        tokens, train = self._tokens_task(cluster), self.training_task(cluster)
         if self.engine == "deepspeed" and self.start_from is None:
             return (tokens, Task("weights"), train)
         return (tokens, train)

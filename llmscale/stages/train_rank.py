@@ -13,7 +13,8 @@ from llmscale.mirror import Mirror
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.world import World, joined_world, process_groups
 from llmscale.stages.base import Workspace
-from llmscale.stages.engines import FirstWeights, Trained, TrainedModel, built_engine
+from llmscale.stages.engines import FirstWeights, TrainedModel, built_engine
+from llmscale.stages.trained import TrainedStage
 from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState, first_of_folder
 from llmscale.training.data import TrainingData, ValidationSamples
 from llmscale.training.engine import Engine
@@ -55,7 +56,7 @@ class Course:
     baseline: bool = False
 
 
-def train(stage: Trained, workspace: Workspace, course: Course) -> None:
+def train(stage: TrainedStage, workspace: Workspace, course: Course) -> None:
     """Trains and exports the best checkpoint; every rank of the task calls it."""
     with (
         listening() as stop,
@@ -105,7 +106,7 @@ def _silent(_line: str) -> None:
 
 
 def _log(
-    stage: Trained, course: Course, workspace: Workspace, world: World, state: TrainingState
+    stage: TrainedStage, course: Course, workspace: Workspace, world: World, state: TrainingState
 ) -> TrainingLog | None:
     """The log of rank 0; the peak is measured while the other ranks wait."""
     log = None
@@ -187,7 +188,7 @@ def _name_special_tokens(folder: Path) -> None:
 
 
 def export_at_one_rank(
-    stage: Trained,
+    stage: TrainedStage,
     model: TrainedModel,
     start_from: Path | None,
     *,

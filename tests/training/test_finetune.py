@@ -129,33 +129,48 @@ def steps_of(home: Path, run: RunFolder, *overrides: str) -> list[list[Example]]
     return steps
 
 
-def plain_loop(base: Path, steps: list[list[Example]]) -> tuple[list[tuple[float, float]], Any]:
-    """Loss and gradient norm of each step, every example in a pass of its own; the model."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.95),
-        eps=1e-5,
-    )
+Curve = list[tuple[float, float]]
+
+
+def trained_alone(
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    steps: list[list[Example]],
+) -> Curve:
+    """Loss and gradient norm of each step, every example in a pass of its own.
+
+    Args:
+        logits: of a model, for tokens ``[1, n]``: ``[1, n, v]``.
+    """
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
     curve = []
     for examples in steps:
         optimizer.zero_grad()
         total, count = torch.zeros(()), sum(int(e.learned_n.sum()) for e in examples)
         for example in examples:
             tokens = torch.from_numpy(example.tokens_n).long()
-            logits = model(tokens[None]).logits[0]
-            learned = torch.from_numpy(example.learned_n)
-            labels = torch.where(learned, tokens, -100)[1:]
-            loss = cross_entropy(logits[:-1], labels, reduction="sum") / count
+            labels = torch.where(torch.from_numpy(example.learned_n), tokens, -100)[1:]
+            predicted = logits(tokens[None])[0, :-1]
+            loss = cross_entropy(predicted, labels, reduction="sum") / count
             loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer.step()
         curve.append((float(total), float(norm)))
-    return curve, model
+    return curve
+
+
+def plain_loop(base: Path, steps: list[list[Example]]) -> tuple[Curve, Any]:
+    """The curve of a model that is trained whole; and the model."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95), 1e-5)
+    return trained_alone(lambda tokens: model(tokens).logits, optimizer, steps), model
 
 
 def logged(run: RunFolder) -> list[tuple[float, float]]:
@@ -326,8 +341,8 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
 
 def adapted_loop(
     base: Path, steps: list[list[Example]], seed: int
-) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
-    """The same as ``plain_loop`` for weights W + 2 B A; their final values by name."""
+) -> tuple[Curve, dict[str, torch.Tensor]]:
+    """The curve of weights W + 2 B A of which A and B are trained; the final ones by name."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
     peft_model = with_adapter(copy.deepcopy(model), ADAPTER, seed)
@@ -338,8 +353,6 @@ def adapted_loop(
         if f"{key}lora_A.default.weight" in drawn:
             down = drawn[f"{key}lora_A.default.weight"].detach().clone().requires_grad_()
             factors[name] = (torch.zeros(len(frozen[name]), 4, requires_grad=True), down)
-    leaves = [factor for pair in factors.values() for factor in pair]
-    optimizer = torch.optim.AdamW(leaves, LEARNING_RATE, (0.9, 0.95), 1e-5, weight_decay=0.1)
 
     def merged() -> dict[str, torch.Tensor]:
         return {
@@ -347,20 +360,11 @@ def adapted_loop(
             for name, weight in frozen.items()
         }
 
-    curve = []
-    for examples in steps:
-        optimizer.zero_grad()
-        total, count = torch.zeros(()), sum(int(e.learned_n.sum()) for e in examples)
-        for example in examples:
-            tokens = torch.from_numpy(example.tokens_n).long()
-            logits = functional_call(model, merged(), (tokens[None],)).logits[0]
-            labels = torch.where(torch.from_numpy(example.learned_n), tokens, -100)[1:]
-            loss = cross_entropy(logits[:-1], labels, reduction="sum") / count
-            loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(leaves, CLIP)
-        optimizer.step()
-        curve.append((float(total), float(norm)))
+    leaves = [factor for pair in factors.values() for factor in pair]
+    optimizer = torch.optim.AdamW(leaves, LEARNING_RATE, (0.9, 0.95), 1e-5, weight_decay=0.1)
+    curve = trained_alone(
+        lambda tokens: functional_call(model, merged(), (tokens,)).logits, optimizer, steps
+    )
     return curve, {name: weight.detach() for name, weight in merged().items()}
 
 
