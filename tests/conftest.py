@@ -1,11 +1,16 @@
 """What several tests share: the quickstart's corpus and tokenizer, made once."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from llmscale.parallel.exchange import CORES_VARIABLE
 from tests.ranks import run_recipe
+
+# Threads that spin while they wait for a core cost small models several times their own work.
+os.environ |= {CORES_VARIABLE: "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
