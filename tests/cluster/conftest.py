@@ -9,6 +9,11 @@ from tests.conftest import QUICKSTART
 from tests.ranks import run_recipe
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray's tests come last: its daemons take a fifth of a core for as long as they are there."""
+    items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def local_run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small recipe, trained by this machine's own ranks."""

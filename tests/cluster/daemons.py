@@ -17,6 +17,8 @@ from typing import Protocol, TypeVar
 import psutil
 
 HOST = "localhost"
+PATIENCE = 300.0
+"""Seconds to wait for what must come, on a machine that does other work besides."""
 
 
 class Daemons:
@@ -83,7 +85,7 @@ class Daemons:
             for member in family:
                 with suppress(psutil.NoSuchProcess):
                     member.kill()
-            if not wait_until(lambda: not any(map(runs, family)), 10):
+            if not wait_until(lambda: not any(map(runs, family))):
                 raise RuntimeError(f"{name} (process {process.pid}) could not be killed")
         if name in self._children:
             self._children.pop(name).wait()
@@ -171,7 +173,7 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
     """Whether a condition came true in that time."""
     end = time.monotonic() + seconds
     while not condition():

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from tests.cluster.daemons import PATIENCE
 from tests.small import SMALL_MODEL
 
 STEPS = 40
@@ -46,7 +47,7 @@ def steps(run: Path) -> int:
     return len(curve(run)) if file.exists() else 0
 
 
-def until(true: Callable[[], bool], seconds: float = 120) -> None:
+def until(true: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Waits until something holds."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -19,7 +19,6 @@ CPUS = 2
 OBJECT_STORE_BYTES = 80_000_000
 SESSIONS = Path("/tmp/ray")
 """Where Ray has its files; each node sees a folder of its own there."""
-SECONDS_TO_COME_UP = 90
 
 
 class Cluster:
@@ -98,7 +97,7 @@ class Cluster:
         def there() -> bool:
             return bool(self._daemons.dead(nodes)) or self._alive() == len(nodes)
 
-        come = wait_until(there, SECONDS_TO_COME_UP)
+        come = wait_until(there)
         for node in self._daemons.dead(nodes):
             raise RuntimeError(f"{node} is not up: {self._daemons.tail(node)}")
         if not come:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from tests.cluster.daemons import PATIENCE
 from tests.cluster.ray.cluster import Cluster
 from tests.cluster.runs import SMALL, TWO_NODES, until
 from tests.conftest import QUICKSTART, ROOT
@@ -28,7 +29,7 @@ def command(cluster: Cluster, *arguments: object) -> subprocess.CompletedProcess
         text=True,
         env=environment(cluster),
         cwd=ROOT,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 
@@ -67,16 +68,16 @@ def submit(
     return str(cluster.jobs().submit_job(entrypoint=entrypoint, runtime_env=told))
 
 
-def ended(cluster: Cluster, job: str, seconds: float = 180) -> str:
+def ended(cluster: Cluster, job: str) -> str:
     """How a job has ended, waited for."""
     jobs = cluster.jobs()
-    until(lambda: jobs.get_job_status(job).is_terminal(), seconds)
+    until(lambda: jobs.get_job_status(job).is_terminal())
     return str(jobs.get_job_status(job).value)
 
 
-def succeeded(cluster: Cluster, job: str, seconds: float = 180) -> str:
+def succeeded(cluster: Cluster, job: str) -> str:
     """What a job said, which must end well."""
-    state = ended(cluster, job, seconds)
+    state = ended(cluster, job)
     said = str(cluster.jobs().get_job_logs(job))
     assert state == "SUCCEEDED", said
     return said

@@ -35,10 +35,10 @@ def test_a_missing_node_is_done_without_until_it_is_back_with_the_same_curve(
     said = lambda: str(cluster.jobs().get_job_logs(job))  # noqa: E731
     until(lambda: steps(run) > 50)
     cluster.power_cut("worker1")
-    until(lambda: "going on with 1 of 2 ranks" in said(), 90)
+    until(lambda: "going on with 1 of 2 ranks" in said())
     until(lambda: steps(run) > 60)
     cluster.start_worker("worker1")
-    until(lambda: mishaps(run) == 2, 90)
+    until(lambda: mishaps(run) == 2)
     succeeded(cluster, job)
     assert said().count("train on 2 ranks") == 1
     assert "there is room for more ranks" in said()

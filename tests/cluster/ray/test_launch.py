@@ -11,6 +11,7 @@ import pytest
 
 from llmscale.artifacts import RunFolder
 from llmscale.clusters.ray.jobs import job_of
+from tests.cluster.daemons import PATIENCE
 from tests.cluster.ray.cluster import Cluster
 from tests.cluster.ray.runs import (
     TRAINING,
@@ -53,8 +54,8 @@ def test_a_detached_run_is_looked_at_and_cancelled_from_another_terminal(
         cwd=ROOT,
     )
     assert f"asked Ray job {job} to save and stop" in llmscale(cluster, "cancel", run).stdout
-    assert ended(cluster, job, 60) == "STOPPED"
-    assert "with a checkpoint" in follower.communicate(timeout=60)[0]
+    assert ended(cluster, job) == "STOPPED"
+    assert "with a checkpoint" in follower.communicate(timeout=PATIENCE)[0]
     assert processes_of(run) == []
     assert noted_state(run) == "STOPPED"
     told = status(cluster, run)
@@ -98,7 +99,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_come_back(cluster: Cluster, run: 
     )
     until(lambda: steps(run) > 2)
     follower.send_signal(signal.SIGINT)
-    said = follower.communicate(timeout=30)[1]
+    said = follower.communicate(timeout=PATIENCE)[1]
     assert follower.returncode == 130
     assert f"llmscale logs {run} --follow" in said
     assert status(cluster, run)["running"].startswith("Ray job quickstart-")
@@ -112,7 +113,7 @@ def test_more_than_the_cluster_has_is_refused_after_the_wait(cluster: Cluster, r
         *("cluster.nodes=8", "stages.pretrain.parallel={tensor: 4, pipeline: 2}"),
         "cluster.ray={wait_seconds: 5}",
     )
-    assert ended(cluster, job, 90) == "FAILED"
+    assert ended(cluster, job) == "FAILED"
     assert cluster.jobs().get_job_info(job).driver_exit_code == 3
     last = cluster.jobs().get_job_logs(job).strip().splitlines()[-1]
     assert "asks for 8 CPU for 8 ranks (pack), and the cluster has 3 nodes with 4 CPU" in last
@@ -121,7 +122,7 @@ def test_more_than_the_cluster_has_is_refused_after_the_wait(cluster: Cluster, r
 
 def test_a_run_folder_that_not_all_nodes_see_is_named(cluster: Cluster) -> None:
     job = submit(cluster, Path("/tmp/ray/run"), *TRAINING)
-    assert ended(cluster, job, 90) == "FAILED"
+    assert ended(cluster, job) == "FAILED"
     last = cluster.jobs().get_job_logs(job).strip().splitlines()[-1]
     assert "does not see /tmp/ray/run; keep the run folder (--run-dir, LLMSCALE_RUNS)" in last
 
@@ -144,7 +145,7 @@ def test_without_an_address_a_ray_of_its_own_comes_and_goes(run: Path, local_cur
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
-    assert "pretrain: train on 2 ranks" in running.communicate(timeout=120)[0]
+    assert "pretrain: train on 2 ranks" in running.communicate(timeout=PATIENCE)[0]
     assert running.returncode == 0
     assert curve(run) == local_curve
     assert not any(process.is_running() for process in family)

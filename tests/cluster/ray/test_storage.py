@@ -38,11 +38,11 @@ def test_nodes_with_caches_of_their_own_train_as_local_ranks_do_and_get_over_a_l
     url = f"s3://{BUCKET}/ray"
     put_tokens(local_run, url)
     job = submit(cluster, url, *TRAINING, variables=variables)
-    until(lambda: bool(whole_steps(url)), 120)
+    until(lambda: bool(whole_steps(url)))
     cluster.power_cut("worker1")
-    until(lambda: "starting again" in cluster.jobs().get_job_logs(job), 90)
+    until(lambda: "starting again" in cluster.jobs().get_job_logs(job))
     cluster.start_worker("worker1")
-    said = succeeded(cluster, job, 240)
+    said = succeeded(cluster, job)
     assert f"report: {url}/report.html" in said
     assert curve_at(url) == local_curve
     manifest = manifest_at(url)

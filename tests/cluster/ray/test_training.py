@@ -49,7 +49,7 @@ def test_killed_actors_are_started_again_with_the_same_curve_and_status_tells(
         moment = moments.randrange(4, 12) + 16 * kill
         until(lambda: steps(run) > moment)  # noqa: B023
         actor_of(rank_process(run, moments.randrange(2))).kill()
-        until(lambda: mishaps(run) > kill, 60)  # noqa: B023
+        until(lambda: mishaps(run) > kill)  # noqa: B023
     succeeded(cluster, job)
     assert curve(run) == local_curve
     outcomes = [event["outcome"] for event in status(cluster, run)["events"]]
@@ -63,7 +63,7 @@ def test_a_worker_without_power_is_waited_for_with_the_same_curve_and_named_in_s
     job = submit(cluster, run, *TRAINING)
     until(lambda: steps(run) > 10)
     cluster.power_cut("worker1")
-    until(lambda: mishaps(run) == 1, 60)
+    until(lambda: mishaps(run) == 1)
     until(lambda: "waiting up to 600 s for 2 CPU" in cluster.jobs().get_job_logs(job))
     cluster.start_worker("worker1")
     succeeded(cluster, job)

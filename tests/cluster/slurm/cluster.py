@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from tests.cluster.daemons import Daemons, free_ports, one_line, require_root, wait_until
+from tests.cluster.daemons import PATIENCE, Daemons, free_ports, one_line, require_root, wait_until
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 GPUS = 2
@@ -124,7 +124,7 @@ class Cluster:
         """A job's state, such as ``PENDING`` or ``COMPLETED``."""
         return self.job(job)["JobState"]
 
-    def wait_for(self, job: str, states: Collection[str], seconds: float) -> str:
+    def wait_for(self, job: str, states: Collection[str], seconds: float = PATIENCE) -> str:
         """Waits until a job is in one of these states; returns which."""
         if not wait_until(lambda: self.state(job) in states, seconds):
             raise RuntimeError(
@@ -133,7 +133,7 @@ class Cluster:
             )
         return self.state(job)
 
-    def wait_until_idle(self, seconds: float = 30) -> None:
+    def wait_until_idle(self, seconds: float = PATIENCE) -> None:
         """Waits until every node is idle; a daemon that is not up is an error."""
         wait_until(lambda: bool(self._dead()) or not self._busy_nodes(), seconds)
         if dead := self._dead():
@@ -221,7 +221,7 @@ class Cluster:
         }
         options = [f"--{name}={path}" for name, path in files.items()]
         self._daemons.start("munged", ["munged", "--foreground", "--force", *options])
-        wait_until(lambda: sock.exists() or not self._daemons.process("munged"), 10)
+        wait_until(lambda: sock.exists() or not self._daemons.process("munged"))
         if not sock.exists():
             raise RuntimeError(f"munged is not up: {self._daemons.tail('munged')}")
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.daemons import PATIENCE
 from tests.cluster.slurm.cluster import Cluster
 from tests.conftest import QUICKSTART, ROOT
 
@@ -23,7 +24,7 @@ def llmscale(slurm: Cluster, *arguments: object) -> subprocess.CompletedProcess[
         text=True,
         env=environment(slurm),
         cwd=ROOT,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 
@@ -71,8 +72,8 @@ def sbatch(
     return submitted.stdout.strip()
 
 
-def completed(slurm: Cluster, job: str, run: Path, seconds: float = 180) -> None:
+def completed(slurm: Cluster, job: str, run: Path) -> None:
     """Waits until a job has ended, and it must have ended well."""
-    state = slurm.wait_for(job, ENDED, seconds)
+    state = slurm.wait_for(job, ENDED)
     log = Path(f"{run}.log")
     assert state == "COMPLETED", log.read_text() if log.exists() else state

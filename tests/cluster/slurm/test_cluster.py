@@ -34,8 +34,8 @@ def test_a_second_cluster_is_up_within_a_minute_and_leaves_no_process(
     seconds = time.monotonic() - start
     try:
         job = second.submit("--nodes=2", "--output=/dev/null", "--wrap=srun sleep 60")
-        second.wait_for(job, {"RUNNING"}, 10)
-        assert wait_until(lambda: "sleep" in {p.name() for p in processes_of(tmp_path)}, 10)
+        second.wait_for(job, {"RUNNING"})
+        assert wait_until(lambda: "sleep" in {p.name() for p in processes_of(tmp_path)})
     finally:
         second.down()
     assert seconds < 60
@@ -62,7 +62,7 @@ def test_up_refuses_a_folder_whose_cluster_is_up_and_leaves_it_alone(slurm: Clus
 def test_a_job_over_two_nodes_sees_two_hostnames(slurm: Cluster, tmp_path: Path) -> None:
     output = tmp_path / "hosts"
     job = slurm.submit("--nodes=2", f"--output={output}", "--wrap=srun hostname")
-    slurm.wait_for(job, {"COMPLETED"}, 20)
+    slurm.wait_for(job, {"COMPLETED"})
     assert hosts_of(output) == ["node1", "node2"]
 
 
@@ -71,13 +71,13 @@ def test_a_killed_nodes_job_runs_again_on_other_nodes(slurm: Cluster, tmp_path: 
     program = f"hostname >> {first}$SLURM_RESTART_COUNT; test $SLURM_RESTART_COUNT || exec sleep 60"
     wrap = f"--wrap=srun sh -c '{program}'"
     job = slurm.submit("--requeue", "--nodes=2", "--output=/dev/null", wrap)
-    assert wait_until(lambda: first.exists() and len(hosts_of(first)) == 2, 20)
+    assert wait_until(lambda: first.exists() and len(hosts_of(first)) == 2)
     lost = hosts_of(first)[0]
 
     slurm.power_cut(lost)
     slurm.mark_down(lost)
-    slurm.wait_for(job, {"PENDING"}, 10)
-    slurm.wait_for(job, {"COMPLETED"}, 20)
+    slurm.wait_for(job, {"PENDING"})
+    slurm.wait_for(job, {"COMPLETED"})
 
     assert hosts_of(again) == [node for node in slurm.nodes if node != lost]
 
@@ -92,5 +92,5 @@ def test_a_started_node_works_again(slurm: Cluster, tmp_path: Path) -> None:
 
     output = tmp_path / "host"
     job = slurm.submit("--nodelist=node3", f"--output={output}", "--wrap=srun hostname")
-    slurm.wait_for(job, {"COMPLETED"}, 20)
+    slurm.wait_for(job, {"COMPLETED"})
     assert hosts_of(output) == ["node3"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import submitit
 
+from tests.cluster.daemons import PATIENCE
 from tests.cluster.runs import SMALL, TWO_NODES, UP_TO_TRAINING, copied, steps, until
 from tests.cluster.slurm.cluster import Cluster
 from tests.cluster.slurm.runs import BY_SRUN, ENDED, environment, llmscale, sbatch
@@ -72,8 +73,8 @@ def test_a_detached_run_is_looked_at_and_cancelled_from_another_terminal(
     assert f"job {jobs[1]}, {jobs[2]} runs another recipe in this folder" in other.stderr
     cancelled = llmscale(slurm, "cancel", run)
     assert f"took job {jobs[2]} from the queue; asked job {jobs[1]} to save" in cancelled.stdout
-    slurm.wait_for(jobs[1], ENDED, 60)
-    said, _ = follower.communicate(timeout=60)
+    slurm.wait_for(jobs[1], ENDED)
+    said, _ = follower.communicate(timeout=PATIENCE)
     assert "==> pretrain <==" in said
     assert "train: rank 0 of 2" in said
     assert "stopped after step" in said
@@ -87,7 +88,7 @@ def test_ctrl_c_leaves_the_jobs_and_tells_how_to_come_back(slurm: Cluster, run: 
     following = in_terminal(slurm, "run", QUICKSTART, *ON_SLURM, "--run-dir", run, *UP_TO_TRAINING)
     until(lambda: steps(run) > 0)
     following.send_signal(signal.SIGINT)
-    _said, error = following.communicate(timeout=20)
+    _said, error = following.communicate(timeout=PATIENCE)
     assert following.returncode == 130
     assert f"llmscale logs {run} --follow" in error
     assert f"llmscale cancel {run}" in error
@@ -110,7 +111,7 @@ def test_what_was_submitted_is_what_runs(slurm: Cluster, run: Path, tmp_path: Pa
     assert (run / "code" / "llmscale" / "cli.py").is_file()
     recipe.write_text("nothing: of use")
     (job,) = json.loads((run / "slurm" / "jobs.json").read_text())
-    assert slurm.wait_for(job["job"], ENDED, 60) == "COMPLETED"
+    assert slurm.wait_for(job["job"], ENDED) == "COMPLETED"
     script = slurm.command("scontrol", "write", "batch_script", job["job"], "-")
     assert f"PYTHONPATH={run / 'code'}\n" in script
     assert "quickstart" in (run / "recipe.yaml").read_text()
@@ -144,7 +145,7 @@ def test_texts_reach_the_ranks_as_text(slurm: Cluster, tmp_path: Path) -> None:
     )
     assert started.returncode == 0, started.stderr
     (job,) = json.loads((folder / "slurm" / "jobs.json").read_text())
-    assert slurm.wait_for(job["job"], ENDED, 60) == "COMPLETED"
+    assert slurm.wait_for(job["job"], ENDED) == "COMPLETED"
     shown = slurm.command("scontrol", "show", "job", job["job"])
     assert f"Comment={comment}" in shown
     assert not mark.exists()
@@ -180,14 +181,14 @@ def test_a_rank_finds_the_environments_text_unchanged(slurm: Cluster, tmp_path: 
         env=environment(slurm),
         cwd=ROOT,
     )
-    assert slurm.wait_for(submitted.stdout.strip(), ENDED, 60) == "COMPLETED", output.read_text()
+    assert slurm.wait_for(submitted.stdout.strip(), ENDED) == "COMPLETED", output.read_text()
     assert output.read_text().strip() == f"0: {text!a}"
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_job_with_too_few_nodes_says_how_many(slurm: Cluster, run: Path) -> None:
     job = sbatch(slurm, run, *TWO_NODES, *SMALL, options=["--nodes=1"])
-    assert slurm.wait_for(job, ENDED, 60) == "FAILED"
+    assert slurm.wait_for(job, ENDED) == "FAILED"
     said = Path(f"{run}.log").read_text()
     assert said == "cluster.nodes: 2 are needed, and this job has 1; use --nodes=2\n"
 
@@ -197,7 +198,7 @@ def test_a_job_runs_on_all_its_nodes_where_the_call_does_not_say(slurm: Cluster,
     batch = "stages.pretrain.batch={global: 12, micro: 2}"
     short = "stages.pretrain.steps=20"
     job = sbatch(slurm, run, *layout, *SMALL, batch, short, *UP_TO_TRAINING, options=["--nodes=3"])
-    assert slurm.wait_for(job, ENDED, 120) == "COMPLETED", Path(f"{run}.log").read_text()
+    assert slurm.wait_for(job, ENDED) == "COMPLETED", Path(f"{run}.log").read_text()
     assert "pretrain: train on 3 ranks" in Path(f"{run}.log").read_text()
 
 
@@ -213,7 +214,7 @@ def test_more_nodes_than_there_are_is_told_while_it_waits(slurm: Cluster, run: P
         if "more nodes than" in line:
             break
     following.send_signal(signal.SIGINT)
-    following.communicate(timeout=20)
+    following.communicate(timeout=PATIENCE)
     assert "waits: it asks for more nodes than the partition has" in lines[-1]
 
 
@@ -259,7 +260,7 @@ def test_a_node_without_scontrol_waits_for_slurm_to_requeue(
     time.sleep(2)
     assert slurm.state(job) == "RUNNING"
     slurm.command("scancel", job)
-    slurm.wait_for(job, ENDED, 60)
+    slurm.wait_for(job, ENDED)
     assert "after a time limit, submit again to go on" in log.read_text()
 
 
@@ -274,6 +275,6 @@ def test_a_job_of_submitit_runs_the_recipe_on_its_nodes(
     command = [sys.executable, "-m", "llmscale", "run", str(QUICKSTART), "--on", "slurm"]
     command += [*layout, *SMALL, BY_SRUN, *UP_TO_TRAINING, "--run-dir", str(run)]
     job = executor.submit(submitit.helpers.CommandFunction(command))
-    state = slurm.wait_for(job.job_id, ENDED, 120)
+    state = slurm.wait_for(job.job_id, ENDED)
     assert state == "COMPLETED", Path(job.paths.stderr).read_text()
     assert steps(run) == 40
