@@ -26,7 +26,9 @@ from llmscale.clusters.process import Entry, run_as_rank
 from llmscale.clusters.stops import Stops
 from llmscale.errors import Interrupted, StageError
 
-PRELOADED = ["llmscale.quiet", "llmscale.stages.train_rank"]
+OPTIMIZER_IMPORTS = "torch._dynamo"
+"""In its first step, for a second."""
+PRELOADED = ["llmscale.quiet", "llmscale.stages.train_rank", OPTIMIZER_IMPORTS]
 SECONDS_FOR_OTHERS_ERRORS = 1.0
 POLL_SECONDS = 0.1
 GO_ON = "interrupted; run the same command again to go on"
