@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench
+.PHONY: install quickstart test test-clusters test-others lint bench
 
 install: .venv/installed
 
@@ -20,8 +20,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The tests on clusters wait most of their time, the others compute: both at once, told one by one.
 test: lint
-	$(BIN)/pytest --layouts 3
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-clusters test-others
+
+test-clusters: install
+	$(BIN)/pytest tests/cluster
+
+test-others: install
+	nice -n 5 $(BIN)/pytest --ignore=tests/cluster --layouts 3
 
 bench: install
 	$(BIN)/python benchmarks/pretrain.py

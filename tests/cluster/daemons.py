@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import psutil
 
 HOST = "localhost"
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds to wait for what must come, on a machine that does other work besides."""
 
 
