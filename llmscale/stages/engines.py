@@ -14,6 +14,7 @@ from llmscale.parallel.probes import require_precision
 from llmscale.stages.imported import is_import, load_imported
 from llmscale.stages.trained import TrainedStage
 from llmscale.training.engine import Engine
+from llmscale.training.megatron_adapter import start_adapter
 from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.settings import Adapter
 
@@ -41,7 +42,8 @@ class FirstWeights:
 
     Attributes:
         folder: a Hugging Face folder or an import; None for weights from the seed.
-        left_out: whether a checkpoint is loaded instead, and they need not be set.
+        left_out: whether a checkpoint is loaded instead, and they need not be set, but for
+            those beneath an adapter.
     """
 
     folder: Path | None
@@ -69,8 +71,9 @@ def built_engine(
             precision=stage.precision,
             recompute=stage.recompute,
             device=device,
+            adapter=model.adapter,
         )
-        if not first.left_out:
+        if not first.left_out or model.adapter is not None:
             set_first_weights(engine, first)
         yield engine
         return
@@ -105,3 +108,4 @@ def set_first_weights(engine: MegatronEngine, first: FirstWeights) -> None:
     else:
         source = first.seed if folder is None else HuggingFaceWeights(folder)
         fill(engine.chunks, engine.architecture, engine.vocabulary, source)
+    start_adapter(engine.chunks, first.seed)

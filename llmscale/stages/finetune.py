@@ -152,8 +152,12 @@ class Finetune(TrainedStage):
             )
             return
         yield from self.training_problems(architecture, view.cluster, wanted)
-        if self.adapter is not None and self.engine != "deepspeed":
-            yield Problem(("adapter",), "engine megatron has none yet; set engine: deepspeed")
+        if self.adapter is not None and self.engine == "megatron" and self.precision == "fp8":
+            yield Problem(
+                ("precision",),
+                "fp8 needs layers of Transformer Engine, beside which engine megatron has no "
+                "adapter; use bf16",
+            )
 
     def sources(self) -> list[object]:
         return [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmscale.errors import RecipeError
-from llmscale.settings import choices
-from llmscale.training.settings import Adapter
+from llmscale.models.weights import low_rank_start
+from llmscale.training.settings import Adapter, no_such_target
 
 NAME = "default"
 """PEFT's, of the one adapter a model has here."""
@@ -25,6 +25,8 @@ Gathering = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 def with_adapter(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     """The model frozen, with an adapter to train; the same for the same seed.
 
+    A layer's A and B are those that the Megatron engine begins with.
+
     Raises:
         RecipeError: if the model lacks a linear layer that ``targets`` names.
     """
@@ -32,10 +34,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     known = _linear_layers(model)
     for target in adapter.targets or ():
         if target not in known:
-            raise RecipeError(
-                f"adapter.targets: {target!r} is no linear layer of the model that can have an "
-                f"adapter; use {choices(known)}"
-            )
+            raise RecipeError(no_such_target(target, known))
     config = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -43,9 +42,17 @@ def with_adapter(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(seed)
     adapted: nn.Module = peft.get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_A." in name:
+            own = low_rank_start(_saved_name(name), tuple(parameter.shape), seed)
+            parameter.data.copy_(own)
     return adapted
+
+
+def _saved_name(name: str) -> str:
+    """A parameter's name in a PEFT folder."""
+    return name.replace(f".{NAME}", "")
 
 
 def _linear_layers(model: Any) -> list[str]:
@@ -97,7 +104,7 @@ def adapter_weights(model: nn.Module, gathered: Gathering) -> Iterator[tuple[str
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             with gathered([parameter]):
-                yield name.replace(f".{NAME}", ""), parameter.detach()
+                yield _saved_name(name), parameter.detach()
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:

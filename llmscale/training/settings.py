@@ -1,6 +1,6 @@
 """What a recipe says of training, for every kind of stage that trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -204,3 +204,11 @@ class Adapter(Settings):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+
+def no_such_target(target: str, known: Iterable[str]) -> str:
+    """The line for a name of ``targets`` that no linear layer of the model has."""
+    return (
+        f"adapter.targets: {target!r} is no linear layer of the model that can have an "
+        f"adapter; use {choices(sorted(known))}"
+    )

@@ -64,9 +64,9 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
         ".early_stopping: looks at the validation loss, and validation_fraction is 0; raise that, "
         "or remove it",
     ),
-    "an adapter where there is none": (
-        {"adapter": "{rank: 4}"},
-        ".adapter: engine megatron has none yet; set engine: deepspeed",
+    "an adapter of no rank": (
+        {"adapter": "{rank: 0}"},
+        ".adapter.rank: 0 is too small; use a number above 0",
     ),
     "ZeRO on megatron": (
         {"zero": "{stage: 2}"},
@@ -99,3 +99,13 @@ def test_a_wrong_stage_is_answered_with_place_key_cause_and_mend(
     written = ", ".join(f"{key}: {value}" for key, value in {**GOOD, **changes}.items())
     said = says(quickstart, [f"stages.tuned={{{written}}}"])
     assert said.endswith(f": stages.tuned{line}")
+
+
+def test_fp8_beside_an_adapter_is_answered_with_its_mend(quickstart: str, says: Any) -> None:
+    stage = {**GOOD, "precision": "fp8", "adapter": "{rank: 4}"}
+    written = ", ".join(f"{key}: {value}" for key, value in stage.items())
+    said = says(quickstart, ["cluster.device=cuda", f"stages.tuned={{{written}}}"])
+    assert said.endswith(
+        ": stages.tuned.precision: fp8 needs layers of Transformer Engine, beside which engine "
+        "megatron has no adapter; use bf16"
+    )

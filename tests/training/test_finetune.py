@@ -66,9 +66,27 @@ WAYS: dict[str, list[str]] = {
     "ZeRO 0": ["stages.assistant.zero={stage: 0}"],
     "ZeRO 1 on 2 ranks": ["stages.assistant.zero={stage: 1}"],
     "ZeRO 2 on 2 ranks, packed": ["stages.assistant.zero={stage: 2}"],
+    "ZeRO 2 on 2 ranks": ["stages.assistant.zero={stage: 2}"],
     "ZeRO 3 on 2 ranks": ["stages.assistant.zero={stage: 3}"],
 }
 LORA = "LoRA, ZeRO 2 on 2 ranks"
+LORA_WAYS: dict[str, list[str]] = {
+    "one rank, recompute": ["stages.assistant.recompute=full"],
+    "tensor 2": ["stages.assistant.parallel={tensor: 2}"],
+    "distributed data 2": ["stages.assistant.optimizer.distributed=true"],
+    "distributed tensor 2": [
+        "stages.assistant.parallel={tensor: 2, sequence: true}",
+        "stages.assistant.optimizer.distributed=true",
+    ],
+    "tensor 2, pipeline 2, recompute": [
+        "stages.assistant.parallel={tensor: 2, pipeline: 2, sequence: true}",
+        "stages.assistant.recompute=full",
+    ],
+    "context 2, packed": WAYS["context 2, packed"],
+    "ZeRO 0": WAYS["ZeRO 0"],
+    "ZeRO 2 on 2 ranks, packed": WAYS["ZeRO 2 on 2 ranks, packed"],
+    "ZeRO 3 on 2 ranks": WAYS["ZeRO 3 on 2 ranks"],
+}
 
 
 def way(name: str) -> list[str]:
@@ -77,7 +95,8 @@ def way(name: str) -> list[str]:
     ranks = 4 if "tensor 2, pipeline 2" in name else 2 if "2 ranks" in name else ranks
     engine = ["stages.assistant.engine=deepspeed"] if "ZeRO" in name else []
     packed = ["stages.assistant.packing=true"] if "packed" in name else []
-    own = ["stages.assistant.adapter={rank: 4}"] if name == LORA else WAYS[name]
+    own = (WAYS | LORA_WAYS)[name.removeprefix("LoRA, ")]
+    own = own + ["stages.assistant.adapter={rank: 4}"] * name.startswith("LoRA, ")
     return [f"cluster.ranks_per_node={ranks}", *engine, *packed, *own]
 
 
@@ -297,6 +316,9 @@ def whole_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         ("ZeRO 2 on 2 ranks, packed", "ZeRO 2 on 2 ranks, packed"),
         ("ZeRO 3 on 2 ranks", "ZeRO 3 on 2 ranks"),
         (LORA, LORA),
+        ("LoRA, distributed data 2", "LoRA, distributed data 2"),
+        ("LoRA, distributed data 2", "LoRA, distributed tensor 2"),
+        ("LoRA, tensor 2", "LoRA, one rank, recompute"),
         ("ZeRO 3 on 2 ranks", "ZeRO 0"),
         ("ZeRO 0", "ZeRO 1 on 2 ranks"),
     ],
@@ -336,7 +358,8 @@ def kill_a_rank_after(stage: StageFolder, step: int) -> None:
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.stage("assistant").hf / "model.safetensors")
+    files = run.stage("assistant").hf.glob("model*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def adapted_loop(
@@ -372,7 +395,7 @@ ADAPTER = Adapter(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["ZeRO 0", "ZeRO 2 on 2 ranks, packed", "ZeRO 3 on 2 ranks"])
+@pytest.mark.parametrize("name", LORA_WAYS)
 def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, tmp_path: Path) -> None:
     with_lora = [
         *way(name),
@@ -397,8 +420,8 @@ def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, tmp_path: 
 
 
 def test_a_layer_that_can_have_no_adapter_is_named(home: Path, tmp_path: Path) -> None:
-    for target in ("nonsense", "lm_head", "embed_tokens"):
-        wrong = [*way("ZeRO 0"), f"stages.assistant.adapter={{targets: [q_proj, {target}]}}"]
+    for target, engine in (("nonsense", "one rank"), ("lm_head", "ZeRO 0")):
+        wrong = [*way(engine), f"stages.assistant.adapter={{targets: [q_proj, {target}]}}"]
         with pytest.raises(StageError) as told:
             tuned(home, tmp_path / target, *wrong)
         assert f"adapter.targets: '{target}' is no linear layer of the model" in str(told.value)
