@@ -43,16 +43,17 @@ def initial_tensor(name: str, shape: tuple[int, ...], std: float | None, seed: i
         return torch.ones(shape)
     if std == 0:
         return torch.zeros(shape)
-    return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
+    return torch.empty(shape).normal_(0.0, std, generator=named_generator(name, seed))
 
 
 def low_rank_start(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """What an adapter's A begins with: PEFT's distribution, by the seed and the name alone."""
     return nn.init.kaiming_uniform_(
-        torch.empty(shape), a=math.sqrt(5), generator=_generator(name, seed)
+        torch.empty(shape), a=math.sqrt(5), generator=named_generator(name, seed)
     )
 
 
-def _generator(name: str, seed: int) -> torch.Generator:
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """A generator for what the seed and a name alone decide."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

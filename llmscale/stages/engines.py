@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmscale.clusters.devices import require_engine
+from llmscale.clusters.devices import require_engine, require_quantization
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface import HuggingFaceWeights, fill
@@ -58,7 +58,7 @@ def built_engine(
     """The engine, at a layout whose process groups are there; collective.
 
     Raises:
-        MachineError: if the machine lacks the precision.
+        MachineError: if the machine lacks the precision or a package.
         RecipeError: if the first weights cannot be used.
     """
     require_precision(stage.precision, device)
@@ -78,12 +78,21 @@ def built_engine(
         yield engine
         return
     require_engine(stage.engine)
-    from llmscale.training.adapters import with_adapter
+    if model.adapter is not None and model.adapter.quantized:
+        require_quantization()
+    from llmscale.training.adapters import quantization, with_adapter
     from llmscale.training.deepspeed_engine import DeepSpeedEngine, loaded_model
 
     if first.folder is None or is_import(first.folder):
         raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")
-    loaded = loaded_model(first.folder, model.architecture, stage.zero, stage.recompute, device)
+    loaded = loaded_model(
+        first.folder,
+        model.architecture,
+        stage.zero,
+        stage.recompute,
+        device,
+        quantization(model.adapter, stage.precision, device),
+    )
     if model.adapter is not None:
         loaded = with_adapter(loaded, model.adapter, first.seed)
     zero_engine = DeepSpeedEngine(
