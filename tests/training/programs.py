@@ -274,7 +274,8 @@ def adapter_gradients(job: Job, rank: int, rendezvous: str) -> None:
                 for part in parts:
                     part.parameter.copy_(part.form.split([drawn[part.name]], *place))
             logits = engine.logits(tokens_alone(torch.tensor(windows[:, :-1])))
-            loss, tokens = engine.backward([Causal().batch(windows, [], world.device)])
+            each = [Causal().batch(windows[[row]], [], world.device) for row in range(len(windows))]
+            loss, tokens = engine.backward(each)
             found = {}
             for part in parts:
                 part.parameter.data = part.parameter.main_grad
