@@ -35,3 +35,16 @@ def require_engine(engine: str) -> None:
             "engine deepspeed: the package deepspeed is missing; pip install "
             "'llmscale[deepspeed]', or use engine megatron"
         )
+
+
+def require_quantization() -> None:
+    """Checks that the package that packs weights into four bits is here.
+
+    Raises:
+        MachineError: if it is not.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            "adapter.method qlora: the package bitsandbytes is missing; pip install "
+            "'llmscale[deepspeed]', or use method lora"
+        )

@@ -1,5 +1,6 @@
 """Loading a Hugging Face folder to look at it: never with code of the folder's own."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,18 @@ from safetensors import SafetensorError
 
 import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
-from llmscale.errors import RecipeError
+from llmscale.errors import MachineError, RecipeError
 from llmscale.models.architecture import FAMILIES
+from llmscale.models.huggingface_config import virtual_tokens_beside
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     """A causal language model and its tokenizer, in the weights' own precision.
 
+    Virtual tokens that the folder has beside the weights are a part of it.
+
     Raises:
+        MachineError: if they need a package that is missing.
         RecipeError: if the folder does not hold both.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,6 +37,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
             folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
         )
         tokenizer = load_tokenizer(folder)
+        if virtual_tokens_beside(folder):
+            model = _with_virtual_tokens(model, folder / "adapter")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise RecipeError(
@@ -40,3 +47,18 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     if device == "cpu" and model.dtype == torch.float16:
         model = model.float()
     return model.to(device).eval(), tokenizer
+
+
+def _with_virtual_tokens(model: Any, folder: Path) -> Any:
+    if importlib.util.find_spec("peft") is None:
+        raise MachineError(
+            f"{folder}: the package peft is missing; pip install 'llmscale[deepspeed]'"
+        )
+    import peft
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError("adapter/ has no adapter_model.safetensors")
+    adapted = peft.PeftModel.from_pretrained(model, folder, local_files_only=True)
+    # They take up positions that are not left for a text.
+    model.config.max_position_embeddings -= adapted.active_peft_config.num_virtual_tokens
+    return adapted

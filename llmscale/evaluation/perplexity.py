@@ -102,7 +102,7 @@ def _batch_nats(model: Any, pairs: list[tuple[list[int], list[int]]]) -> float:
     inputs_bs = padded([inputs for inputs, _ in pairs], 0)
     labels_bs = padded([labels for _, labels in pairs], IGNORED)
     mask_bs = padded([[1] * len(inputs) for inputs, _ in pairs], 0)
-    logits_bsv = model(input_ids=inputs_bs, attention_mask=mask_bs).logits[:, :-1].float()
+    logits_bsv = model(input_ids=inputs_bs, attention_mask=mask_bs).logits[:, -longest:-1].float()
     loss = F.cross_entropy(
         logits_bsv.flatten(0, 1), labels_bs[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )

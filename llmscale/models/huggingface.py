@@ -1,7 +1,7 @@
 """Hugging Face folders in and out of any layout: safetensors, configuration, tokenizer."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,19 @@ def export(
     architecture: Architecture,
     vocabulary: int,
     folder: Path,
+    changes: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the model as safetensors; collective.
 
     Each pipeline stage, and in it each expert-parallel rank, writes what none before it has.
     The folder's index and ``config.json`` come from global rank 0.
+
+    Args:
+        changes: what is added to tensors of this rank's part, by name.
     """
-    tensors = {
-        name: tensor.cpu().contiguous()
-        for name, tensor in whole_tensors(chunks, architecture, vocabulary).items()
-    }
+    tensors = whole_tensors(chunks, architecture, vocabulary)
+    tensors |= {name: tensors[name] + change for name, change in (changes or {}).items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     holders: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(holders, list(tensors))
     rank = dist.get_rank()

@@ -27,6 +27,9 @@ CLASSES = {
     "t5": "T5ForConditionalGeneration",
 }
 
+VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")
+"""PEFT's types of adapters that are tokens before the text."""
+
 Config = dict[str, Any]
 
 ROTARY_FAMILIES = ("llama", "qwen2", "qwen3", "mixtral")
@@ -157,9 +160,15 @@ def read_architecture(folder: Path) -> Architecture:
     """The architecture of a Hugging Face folder.
 
     Raises:
-        RecipeError: if the folder holds no such configuration, or one of another family.
+        RecipeError: if the folder holds no such configuration, or one of another family, or
+            if there is more to the model than its weights.
     """
     reader = _Reader(folder)
+    if virtual_tokens_beside(folder):
+        raise RecipeError(
+            f"{folder}: the virtual tokens in adapter/ are no part of its weights, and would be "
+            "lost; give the model they were trained beside"
+        )
     kind = reader.config.get("model_type")
     if not isinstance(kind, str) or kind not in CLASSES:
         raise RecipeError(
@@ -178,6 +187,15 @@ def read_architecture(folder: Path) -> Architecture:
     except (AttributeError, TypeError):
         cause = "a value is of the wrong type"
     raise RecipeError(f"{reader.path}: {cause}; give a model's own folder")
+
+
+def virtual_tokens_beside(folder: Path) -> bool:
+    """Whether a Hugging Face folder has virtual tokens in ``adapter/``, which no weight holds."""
+    try:
+        about = json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and about.get("peft_type") in VIRTUAL_TOKENS
 
 
 def read_vocabulary(folder: Path) -> int:

@@ -64,6 +64,10 @@ TRANSFORMER_ENGINE_KEYS = {
 """Under which keys checkpoints hold the norms, with Transformer Engine's layers or without."""
 
 
+LOW_RANK = "low_rank"
+"""The module beside a linear layer that holds an adapter; no part of an architecture."""
+
+
 def transformer_config(
     architecture: Architecture,
     layout: Layout,
@@ -164,10 +168,11 @@ def _left_to_fill(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def layer_spec(architecture: Architecture, device: str) -> ModuleSpec:
+def layer_spec(architecture: Architecture, device: str, adapted: bool = False) -> ModuleSpec:
     """Transformer Engine's layer where the machine has it, else megatron-core's own layer
-    with our norm; the core attention and the router are ours in both."""
-    if transformer_engine(device):
+    with our norm; the core attention and the router are ours in both. A layer that is to have
+    an adapter is megatron-core's own: Transformer Engine's hides what its linear layers read."""
+    if transformer_engine(device) and not adapted:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=architecture.experts,
             moe_grouped_gemm=architecture.experts is not None,
@@ -207,13 +212,18 @@ def build_chunks(
     precision: str = "fp32",
     recompute: str = "none",
     device: str = "cpu",
+    adapted: bool = False,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, one a virtual pipeline stage, with weights not yet set."""
+    """This rank's model chunks, one a virtual pipeline stage, with weights not yet set.
+
+    Args:
+        adapted: whether they are to have an adapter.
+    """
     config = transformer_config(architecture, layout, precision, recompute, device)
     chunks: list[torch.nn.Module] = []
     for stage in range(layout.virtual_pipeline):
         chunk: torch.nn.Module = _build_chunk(
-            architecture, vocabulary, layout, config, stage, device
+            architecture, vocabulary, layout, config, stage, device, adapted
         )
         _mark_experts(chunk)
         if precision != "fp32":
@@ -242,13 +252,14 @@ def _build_chunk(
     config: TransformerConfig,
     stage: int,
     device: str,
+    adapted: bool,
 ) -> LanguageModel:
     virtual = stage if layout.virtual_pipeline > 1 else None
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
     options: dict[str, Any] = {
         "config": config,
-        "transformer_layer_spec": _block_spec(architecture, config, virtual, device),
+        "transformer_layer_spec": _block_spec(architecture, config, virtual, device, adapted),
         "vocab_size": architecture.padded_vocabulary(vocabulary, layout.tensor),
         "max_sequence_length": architecture.sequence_length,
         "pre_process": first,
@@ -271,7 +282,11 @@ def _build_chunk(
 
 
 def _block_spec(
-    architecture: Architecture, config: TransformerConfig, virtual: int | None, device: str
+    architecture: Architecture,
+    config: TransformerConfig,
+    virtual: int | None,
+    device: str,
+    adapted: bool,
 ) -> TransformerBlockSubmodules:
     """The layers of one chunk, and the norm after the last of all."""
     layers = get_num_layers_to_build(config, vp_stage=virtual)
@@ -282,7 +297,7 @@ def _block_spec(
     if architecture.traits.objective == "masked":
         specs = [encoder_layer_spec()] * layers
         return TransformerBlockSubmodules(layer_specs=specs, layer_norm=MaskedHead)
-    specs = [layer_spec(architecture, device)] * layers
+    specs = [layer_spec(architecture, device, adapted)] * layers
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
 
 
@@ -305,7 +320,10 @@ EXPERT_NUMBER = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.linear_fc[
 
 
 def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """A chunk's parameters, by names that count layers and experts over the whole model."""
+    """A chunk's parameters, by names that count layers and experts over the whole model.
+
+    Those of an adapter are left out.
+    """
     model = inner_model(chunk)
     offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     experts = model.config.num_moe_experts or 0
@@ -313,6 +331,8 @@ def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
         experts // parallel_state.get_expert_model_parallel_world_size()
     )
     for name, parameter in model.named_parameters():
+        if f".{LOW_RANK}." in name:
+            continue
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
             name = f"decoder.layers.{int(local) + offset}.{rest}"

@@ -5,10 +5,11 @@ one from any layout, and initial weights that depend on the seed and the global 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmscale.models.shards import Form
 
@@ -42,6 +43,17 @@ def initial_tensor(name: str, shape: tuple[int, ...], std: float | None, seed: i
         return torch.ones(shape)
     if std == 0:
         return torch.zeros(shape)
+    return torch.empty(shape).normal_(0.0, std, generator=named_generator(name, seed))
+
+
+def low_rank_start(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """What an adapter's A begins with: PEFT's distribution, by the seed and the name alone."""
+    return nn.init.kaiming_uniform_(
+        torch.empty(shape), a=math.sqrt(5), generator=named_generator(name, seed)
+    )
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """A generator for what the seed and a name alone decide."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmscale.clusters.devices import require_engine
+from llmscale.clusters.devices import require_engine, require_quantization
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface import HuggingFaceWeights, fill
@@ -14,6 +14,7 @@ from llmscale.parallel.probes import require_precision
 from llmscale.stages.imported import is_import, load_imported
 from llmscale.stages.trained import TrainedStage
 from llmscale.training.engine import Engine
+from llmscale.training.megatron_adapter import start_adapter
 from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.settings import Adapter
 
@@ -41,7 +42,8 @@ class FirstWeights:
 
     Attributes:
         folder: a Hugging Face folder or an import; None for weights from the seed.
-        left_out: whether a checkpoint is loaded instead, and they need not be set.
+        left_out: whether a checkpoint is loaded instead, and they need not be set, but for
+            those beneath an adapter.
     """
 
     folder: Path | None
@@ -56,7 +58,7 @@ def built_engine(
     """The engine, at a layout whose process groups are there; collective.
 
     Raises:
-        MachineError: if the machine lacks the precision.
+        MachineError: if the machine lacks the precision or a package.
         RecipeError: if the first weights cannot be used.
     """
     require_precision(stage.precision, device)
@@ -69,18 +71,28 @@ def built_engine(
             precision=stage.precision,
             recompute=stage.recompute,
             device=device,
+            adapter=model.adapter,
         )
-        if not first.left_out:
+        if not first.left_out or model.adapter is not None:
             set_first_weights(engine, first)
         yield engine
         return
     require_engine(stage.engine)
-    from llmscale.training.adapters import with_adapter
+    if model.adapter is not None and model.adapter.quantized:
+        require_quantization()
+    from llmscale.training.adapters import quantization, with_adapter
     from llmscale.training.deepspeed_engine import DeepSpeedEngine, loaded_model
 
     if first.folder is None or is_import(first.folder):
         raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")
-    loaded = loaded_model(first.folder, model.architecture, stage.zero, stage.recompute, device)
+    loaded = loaded_model(
+        first.folder,
+        model.architecture,
+        stage.zero,
+        stage.recompute,
+        device,
+        quantization(model.adapter, stage.precision, device),
+    )
     if model.adapter is not None:
         loaded = with_adapter(loaded, model.adapter, first.seed)
     zero_engine = DeepSpeedEngine(
@@ -105,3 +117,4 @@ def set_first_weights(engine: MegatronEngine, first: FirstWeights) -> None:
     else:
         source = first.seed if folder is None else HuggingFaceWeights(folder)
         fill(engine.chunks, engine.architecture, engine.vocabulary, source)
+    start_adapter(engine.chunks, first.seed)

@@ -152,8 +152,35 @@ class Finetune(TrainedStage):
             )
             return
         yield from self.training_problems(architecture, view.cluster, wanted)
-        if self.adapter is not None and self.engine != "deepspeed":
-            yield Problem(("adapter",), "engine megatron has none yet; set engine: deepspeed")
+        if self.adapter is not None:
+            yield from self._adapter_problems(self.adapter, architecture)
+
+    def _adapter_problems(self, adapter: Adapter, architecture: Architecture) -> Iterator[Problem]:
+        misfits = adapter.problems(self.engine, architecture.family, self.zero)
+        yield from under("adapter", misfits)
+        longest = architecture.sequence_length
+        wanted = self.sequence_length or longest
+        if adapter.virtual and self.packing:
+            yield Problem(
+                ("packing",),
+                "virtual tokens stand before a sample, not before each example in it; remove it",
+            )
+        elif wanted + adapter.virtual > longest:
+            yield Problem(
+                ("sequence_length",),
+                f"{wanted} and {adapter.virtual} virtual tokens are above the model's {longest}; "
+                f"{_at_most(longest - adapter.virtual)}",
+            )
+        if adapter.method == "prefix" and self.recompute != "none":
+            yield Problem(
+                ("recompute",), "a prefix's keys and values are not computed again; remove it"
+            )
+        if self.engine == "megatron" and self.precision == "fp8":
+            yield Problem(
+                ("precision",),
+                "fp8 needs layers of Transformer Engine, beside which engine megatron has no "
+                "adapter; use bf16",
+            )
 
     def sources(self) -> list[object]:
         return [
@@ -181,11 +208,21 @@ def architecture_of(model: str, stages: Mapping[str, Stage]) -> Architecture:
     """The architecture of a model that a stage or a folder has.
 
     Raises:
-        RecipeError: if a folder's ``config.json`` cannot be used.
+        RecipeError: if a folder's ``config.json`` cannot be used, or if there is more to the
+            model than its weights.
     """
     stage = stages.get(model)
     if isinstance(stage, Pretrain):
         return stage.architecture()
     if isinstance(stage, Finetune):
+        if stage.adapter is not None and stage.adapter.virtual:
+            raise RecipeError(
+                f"{model} trains virtual tokens, which are no part of its weights and would be "
+                "lost; use what it starts from itself"
+            )
         return architecture_of(stage.start_from, stages)
     return read_architecture(Path(model))
+
+
+def _at_most(length: int) -> str:
+    return f"use at most {length}" if length > 0 else "lower adapter.virtual_tokens"

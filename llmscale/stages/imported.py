@@ -13,7 +13,7 @@ from llmscale.models.huggingface_config import read_architecture, read_vocabular
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.world import joined_world, process_groups
 from llmscale.training.megatron_engine import MegatronEngine
-from llmscale.training.megatron_state import load_weights, model_state
+from llmscale.training.megatron_state import load_model, model_state
 from llmscale.training.settings import Optimizer
 
 WEIGHTS = "weights"
@@ -71,4 +71,4 @@ def load_imported(engine: MegatronEngine, folder: Path) -> None:
     path = folder / WEIGHTS
     if (wrong := damage(path)) is not None:
         raise RecipeError(f"{path}: {wrong}; run llmscale import again")
-    load_weights(engine, path)
+    load_model(engine, path)

@@ -25,8 +25,11 @@ from llmscale.models.architecture import Architecture
 from llmscale.training.adapters import (
     adapter_weights,
     is_adapted,
+    is_factor,
     merged_weights,
+    plain_model,
     save_adapter,
+    virtual_tokens,
 )
 from llmscale.training.batches import ModelBatch, SpanBatch, TokenBatch
 from llmscale.training.deepspeed_setup import deepspeed
@@ -71,9 +74,17 @@ def deepspeed_settings(zero: Zero, gradient_clip: float) -> dict[str, Any]:
 
 
 def loaded_model(
-    folder: Path, architecture: Architecture, zero: Zero, recompute: Recompute, device: str
+    folder: Path,
+    architecture: Architecture,
+    zero: Zero,
+    recompute: Recompute,
+    device: str,
+    quantized: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A Hugging Face folder's model in fp32; under ZeRO 3, but for T5, never whole on a rank.
+
+    Args:
+        quantized: how transformers is to quantize it while it loads.
 
     Raises:
         RecipeError: if transformers cannot load it.
@@ -89,7 +100,12 @@ def loaded_model(
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         _leave_out_dropout(config)
         model: nn.Module = model_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, **local
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            **local,
+            **(quantized or {}),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
@@ -98,7 +114,7 @@ def loaded_model(
         del partitioning
     if recompute == "full":
         model.gradient_checkpointing_enable()  # type: ignore[operator]
-    return model.train() if partitioned else model.to(device).train()
+    return model.train() if partitioned or quantized else model.to(device).train()
 
 
 def _leave_out_dropout(config: Any) -> None:
@@ -126,10 +142,11 @@ class DeepSpeedEngine:
     ) -> None:
         self.architecture, self.zero, self.settings = architecture, zero, optimizer
         self.device, self.precision = torch.device(device), precision
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._virtual = virtual_tokens(model)
+        trainable = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=trainable,
+            model_parameters=list(trainable.values()),
             optimizer=_adam(trainable, optimizer),
             config=deepspeed_settings(zero, optimizer.gradient_clip),
             dist_init_required=False,
@@ -198,7 +215,7 @@ class DeepSpeedEngine:
 
     def _loss_sum(self, batch: ModelBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
-            logits_bsv = self.engine(**self._inputs(batch)).logits
+            logits_bsv = self.engine(**self._inputs(batch)).logits[:, -batch.labels_bs.shape[1] :]
         losses_t = cross_entropy(
             logits_bsv.float().flatten(0, 1), batch.labels_bs.flatten(), reduction="none"
         )
@@ -211,6 +228,8 @@ class DeepSpeedEngine:
                 "decoder_input_ids": batch.decoder_inputs_bt,
                 "use_cache": False,
             }
+        if self._virtual:
+            return {"input_ids": batch.tokens_bs, "use_cache": False}
         causal = self.architecture.traits.objective == "causal"
         return {
             "input_ids": batch.tokens_bs,
@@ -291,12 +310,17 @@ class DeepSpeedEngine:
             yield
 
     def export(self, folder: Path) -> None:
-        """Writes ``folder``; of a model with an adapter the two merged, and it in ``adapter/``."""
+        """Writes ``folder``; of a model with an adapter the two merged, and it in ``adapter/``.
+
+        Virtual tokens are in ``adapter/`` alone.
+        """
         adapted = is_adapted(self.model)
         weights = merged_weights(self.model, self.gathered) if adapted else self._whole_weights()
         kept = self._kept_by_first(weights)
         if dist.get_rank() == 0:
-            below: Any = self.model.get_base_model() if adapted else self.model  # type: ignore[operator]
+            below: Any = self.model
+            if adapted:
+                below = plain_model(self.model)
             below.save_pretrained(folder, state_dict=kept)
         if adapted:
             own = self._kept_by_first(adapter_weights(self.model, self.gathered))
@@ -324,15 +348,21 @@ class DeepSpeedEngine:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """A parameter's shape, also where ZeRO 3 has partitioned it."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
+    """A parameter's shape, also where ZeRO 3 has partitioned it, or it is packed into bytes."""
+    packed = getattr(parameter, "quant_state", None)
+    shape: torch.Size = (packed or parameter).shape
+    return getattr(parameter, "ds_shape", shape)
 
 
-def _adam(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """Norms and biases do not decay, as in the Megatron engine."""
-    tables = [parameter for parameter in parameters if len(whole_shape(parameter)) > 1]
-    others = [parameter for parameter in parameters if len(whole_shape(parameter)) <= 1]
+def _adam(parameters: dict[str, nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    """Norms and biases do not decay, as in the Megatron engine, nor do an adapter's factors."""
+    names = {
+        name
+        for name, parameter in parameters.items()
+        if len(whole_shape(parameter)) > 1 and not is_factor(name)
+    }
+    tables = [parameter for name, parameter in parameters.items() if name in names]
+    others = [parameter for name, parameter in parameters.items() if name not in names]
     groups = [
         {"params": tables, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},

@@ -26,9 +26,15 @@ from llmscale.parallel.probes import overlapped_gradient_reduction
 from llmscale.training import adam_state
 from llmscale.training.batches import ModelBatch
 from llmscale.training.engine import StepResult
+from llmscale.training.megatron_adapter import (
+    adapter_parameters,
+    add_adapter,
+    export_adapter,
+    weight_changes,
+)
 from llmscale.training.megatron_state import MegatronWriting, load_state, load_weights
 from llmscale.training.objectives import masked_sum
-from llmscale.training.settings import Optimizer, Precision, Recompute
+from llmscale.training.settings import Adapter, Optimizer, Precision, Recompute
 
 INITIAL_LOSS_SCALE, LOWEST_LOSS_SCALE = 2.0**16, 1.0
 
@@ -46,6 +52,7 @@ class MegatronEngine:
         precision: Precision = "fp32",
         recompute: Recompute = "none",
         device: str = "cpu",
+        adapter: Adapter | None = None,
     ) -> None:
         self.architecture = architecture
         self.vocabulary = vocabulary
@@ -53,7 +60,13 @@ class MegatronEngine:
         self.settings = optimizer
         self.device = torch.device(device)
         self.precision = precision
-        inner = build_chunks(architecture, vocabulary, layout, precision, recompute, device)
+        self.adapter = adapter
+        adapted = adapter is not None
+        inner = build_chunks(
+            architecture, vocabulary, layout, precision, recompute, device, adapted
+        )
+        if adapter is not None:
+            add_adapter(inner, architecture, vocabulary, adapter)
         self.config = inner_model(inner[0]).config
         overlapped = overlapped_gradient_reduction(device)
         data_parallel = DistributedDataParallelConfig(
@@ -104,7 +117,10 @@ class MegatronEngine:
         return self.architecture.flops_per_sample(self.vocabulary, sequence_length)
 
     def parameters(self) -> int:
-        return self.architecture.parameters(self.vocabulary)
+        own = 0
+        if self.adapter is not None:
+            own = adapter_parameters(self.architecture, self.vocabulary, self.adapter)
+        return self.architecture.parameters(self.vocabulary) + own
 
     def writing(self, folder: Path) -> MegatronWriting:
         return MegatronWriting(self, folder)
@@ -116,7 +132,11 @@ class MegatronEngine:
         load_weights(self, folder)
 
     def export(self, folder: Path) -> None:
-        export(self.chunks, self.architecture, self.vocabulary, folder)
+        """Writes ``folder``; of a model with an adapter the two merged, and it in ``adapter/``."""
+        changes = weight_changes(self.chunks)
+        export(self.chunks, self.architecture, self.vocabulary, folder, changes)
+        if self.adapter is not None:
+            export_adapter(self.chunks, self.adapter, folder / "adapter")
 
     def train_step(self, batches: Sequence[ModelBatch], learning_rate: float) -> StepResult:
         """Forward, backward and, if loss and gradients are finite, the update; collective.

@@ -14,8 +14,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from llmscale.models.megatron import inner_model
+from llmscale.models.megatron import LOW_RANK, inner_model
 from llmscale.training.adam_state import separate_step_counts
+from llmscale.training.megatron_adapter import adapter_state, set_adapter
+from llmscale.training.settings import Adapter
 
 OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -33,6 +35,8 @@ class Sharded(Protocol):
     def optimizer(self) -> Any: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
 
 
 class _ThreadedWriter(FileSystemWriterAsync):
@@ -107,7 +111,7 @@ def load_state(engine: Sharded, folder: Path) -> None:
     if _random_key(engine) not in keys:
         state.pop("random")
     loaded = dist_checkpointing.load(state, str(folder))
-    set_weights(engine, loaded)
+    set_trained(engine, loaded)
     engine.optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counts(engine.optimizer)
     if "random" in loaded:
@@ -115,30 +119,53 @@ def load_state(engine: Sharded, folder: Path) -> None:
 
 
 def load_weights(engine: Sharded, folder: Path) -> None:
-    """Sets the weights alone; collective."""
-    set_weights(engine, dist_checkpointing.load(model_state(engine), str(folder)))
+    """Sets the weights alone, of a model with an adapter those of the adapter; collective."""
+    set_trained(engine, dist_checkpointing.load(trained_state(engine), str(folder)))
+
+
+def load_model(engine: Sharded, folder: Path) -> None:
+    """Sets the weights of the model itself from what ``model_state`` left; collective."""
+    _set_model(engine, dist_checkpointing.load(model_state(engine), str(folder)))
+
+
+def trained_state(engine: Sharded) -> dict[str, Any]:
+    """What is trained as sharded tensors: the adapter if there is one, else the model."""
+    if engine.adapter is not None:
+        return {"adapter": adapter_state(engine.chunks)}
+    return model_state(engine)
+
+
+def set_trained(engine: Sharded, loaded: dict[str, Any]) -> None:
+    """Puts loaded tensors into the model; the counterpart of ``trained_state``."""
+    if engine.adapter is not None:
+        set_adapter(engine.chunks, loaded["adapter"])
+    else:
+        _set_model(engine, loaded)
 
 
 def model_state(engine: Sharded) -> dict[str, Any]:
     """The weights as sharded tensors whose keys and offsets do not depend on the layout."""
+    metadata = {"dp_cp_group": _data_group()}
     return {
-        f"model{number}": inner_model(chunk).sharded_state_dict(
-            metadata={"dp_cp_group": _data_group()}
-        )
+        f"model{number}": {
+            key: value
+            for key, value in inner_model(chunk).sharded_state_dict(metadata=metadata).items()
+            if f".{LOW_RANK}." not in key
+        }
         for number, chunk in enumerate(engine.chunks)
     }
 
 
-def set_weights(engine: Sharded, loaded: dict[str, Any]) -> None:
-    """Puts loaded tensors into the model; the counterpart of ``model_state``."""
+def _set_model(engine: Sharded, loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(engine.chunks):
-        inner_model(chunk).load_state_dict(loaded[f"model{number}"])
+        model = inner_model(chunk)
+        model.load_state_dict(loaded[f"model{number}"], strict=engine.adapter is None)
 
 
 def sharded_state(engine: Sharded, loading: bool = False) -> dict[str, Any]:
     """Everything that resumes a run, as megatron-core's sharded state."""
     _count_padding(engine)
-    state = model_state(engine)
+    state = trained_state(engine)
     state["optimizer"] = engine.optimizer.sharded_state_dict(
         dict(state), is_loading=loading, metadata=OPTIMIZER_METADATA
     )

@@ -1,6 +1,6 @@
 """What a recipe says of training, for every kind of stage that trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -193,14 +193,72 @@ class Zero(Settings):
             yield Problem(("offload",), f"stage {self.stage} splits no weights; use stage 3")
 
 
-class Adapter(Settings):
-    """A low-rank adapter beside frozen weights (Hu et al. 2021).
+LOW_RANK = ("rank", "alpha", "targets")
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    "lora": LOW_RANK,
+    "qlora": LOW_RANK,
+    "ia3": (),
+    "prefix": ("virtual_tokens",),
+    "prompt": ("virtual_tokens",),
+}
+"""The keys each method of an adapter has."""
 
-    ``targets``: the names of the linear layers that have one, such as ``q_proj``; left out, all
-    but the output layer.
+
+class Adapter(Settings):
+    """What is trained beside frozen weights.
+
+    ``method``: ``lora``, a low-rank adapter (Hu et al. 2021); ``qlora``, the same beside weights
+    of four bits (Dettmers et al. 2023); ``ia3``, vectors that scale activations (Liu et al.
+    2022); ``prefix``, keys and values of virtual tokens in every layer (Li and Liang 2021);
+    ``prompt``, virtual tokens before the text (Lester et al. 2021).
+    ``targets``: the names of the linear layers that have a low-rank adapter, such as
+    ``q_proj``; left out, all but the output layer.
     """
 
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "qlora", "ia3", "prefix", "prompt"] = "lora"
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    virtual_tokens: PositiveInt = 20
+
+    @property
+    def virtual(self) -> int:
+        """How many tokens stand before a text."""
+        return self.virtual_tokens if self.method in ("prefix", "prompt") else 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights beneath are kept in four bits."""
+        return self.method == "qlora"
+
+    def problems(self, engine: EngineName, family: str, zero: Zero) -> Iterator[Problem]:
+        """What of it the method lacks, or the engine or the model cannot do."""
+        plain = Adapter(method=self.method)
+        for key in (*LOW_RANK, "virtual_tokens"):
+            if key not in METHOD_KEYS[self.method] and getattr(self, key) != getattr(plain, key):
+                yield Problem((key,), f"method {self.method} has none; remove it")
+        if engine == "megatron" and self.method != "lora":
+            yield Problem(
+                ("method",),
+                f"engine megatron has no {self.method}; use lora, or engine: deepspeed",
+            )
+        elif self.quantized and zero.stage == 3:
+            yield Problem(
+                ("method",), "zero.stage 3 splits no weights of four bits; use 2, or lora"
+            )
+        elif self.virtual and zero.stage == 3:
+            yield Problem(
+                ("method",), f"{self.method} does not work under zero.stage 3 here; use 2, or lora"
+            )
+        elif self.quantized and family == "gpt2":
+            yield Problem(
+                ("method",), "gpt2 has no linear layers that can be quantized here; use lora"
+            )
+
+
+def no_such_target(target: str, known: Iterable[str]) -> str:
+    """The line for a name of ``targets`` that no linear layer of the model has."""
+    return (
+        f"adapter.targets: {target!r} is no linear layer of the model that can have an "
+        f"adapter; use {choices(sorted(known))}"
+    )

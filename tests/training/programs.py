@@ -233,3 +233,56 @@ def fail_alone(job: Job, rank: int, rendezvous: str) -> None:
             time.sleep(0.5)
             raise ValueError("the disk of this rank is on fire")
         dist.all_reduce(torch.ones(1))
+
+
+def adapter_gradients(job: Job, rank: int, rendezvous: str) -> None:
+    """Models with adapters from files: logits, loss, and every gradient of the adapter."""
+    given = ranks.settings(job)
+    layout = Layout(**given["layout"])
+    with ranks.joined(job, rank, rendezvous, layout) as world:
+        import numpy as np
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        from llmscale.models.huggingface import HuggingFaceWeights, fill
+        from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+        from llmscale.models.low_rank import low_rank_pairs
+        from llmscale.training.batches import tokens_alone
+        from llmscale.training.megatron_engine import MegatronEngine
+        from llmscale.training.objectives import Causal
+        from llmscale.training.settings import Adapter, Optimizer
+
+        windows = np.array(given["windows"])
+        losses = {}
+        for name, folder in given["models"].items():
+            source = Path(folder)
+            architecture, vocabulary = read_architecture(source), read_vocabulary(source)
+            engine = MegatronEngine(
+                architecture,
+                vocabulary,
+                layout,
+                Optimizer(learning_rate=1e-3),
+                recompute=given["recompute"],
+                adapter=Adapter(**given["adapter"]),
+            )
+            fill(engine.chunks, architecture, vocabulary, HuggingFaceWeights(source))
+            drawn = load_file(source / "drawn.safetensors")
+            group = torch.distributed.group.WORLD if layout.tensor > 1 else None
+            place = (group.rank(), group.size()) if group is not None else (0, 1)
+            parts = [part for pair in low_rank_pairs(engine.chunks) for part in pair.parts()]
+            with torch.no_grad():
+                for part in parts:
+                    part.parameter.copy_(part.form.split([drawn[part.name]], *place))
+            logits = engine.logits(tokens_alone(torch.tensor(windows[:, :-1])))
+            each = [Causal().batch(windows[[row]], [], world.device) for row in range(len(windows))]
+            loss, tokens = engine.backward(each)
+            found = {}
+            for part in parts:
+                part.parameter.data = part.parameter.main_grad
+                found[part.name] = part.whole().contiguous()
+            if logits is not None and world.first:
+                found["logits"] = logits.contiguous()
+            if layout.pipeline > 1 or world.first:
+                save_file(found, source / f"found-{rank}.safetensors")
+            losses[name] = loss / tokens
+        ranks.answer(job, rank, losses)

@@ -19,14 +19,16 @@ import torch
 from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from llmscale.artifacts import RunFolder, StageFolder
 from llmscale.data.chat import Example, prompt_text
 from llmscale.data.conversations import Turn
 from llmscale.data.templates import TEMPLATES
-from llmscale.errors import StageError
-from llmscale.models_at_hand import export, generate_text
+from llmscale.errors import RecipeError, StageError
+from llmscale.evaluation.models import load_model
+from llmscale.models.huggingface_config import read_architecture
+from llmscale.models_at_hand import export, generate_text, import_model, perplexity
 from llmscale.progress import Progress
 from llmscale.recipe.recipe import load_recipe
 from llmscale.stages.base import Workspace
@@ -68,7 +70,30 @@ WAYS: dict[str, list[str]] = {
     "ZeRO 2 on 2 ranks, packed": ["stages.assistant.zero={stage: 2}"],
     "ZeRO 3 on 2 ranks": ["stages.assistant.zero={stage: 3}"],
 }
-LORA = "LoRA, ZeRO 2 on 2 ranks"
+LORA = "LoRA, ZeRO 2 on 2 ranks, packed"
+SHORTER = "stages.assistant.sequence_length=60"
+METHODS = {
+    "LoRA": ["stages.assistant.adapter={rank: 4}"],
+    "QLoRA": ["stages.assistant.adapter={method: qlora, rank: 4}"],
+    "IA3": ["stages.assistant.adapter={method: ia3}"],
+    "prefix": ["stages.assistant.adapter={method: prefix, virtual_tokens: 4}", SHORTER],
+    "prompt": ["stages.assistant.adapter={method: prompt, virtual_tokens: 4}", SHORTER],
+}
+LORA_WAYS: dict[str, list[str]] = {
+    "distributed data 2": ["stages.assistant.optimizer.distributed=true"],
+    "distributed tensor 2": [
+        "stages.assistant.parallel={tensor: 2, sequence: true}",
+        "stages.assistant.optimizer.distributed=true",
+    ],
+    "tensor 2, pipeline 2, recompute": [
+        "stages.assistant.parallel={tensor: 2, pipeline: 2, sequence: true}",
+        "stages.assistant.recompute=full",
+    ],
+    "context 2, packed": WAYS["context 2, packed"],
+    "ZeRO 0": WAYS["ZeRO 0"],
+    "ZeRO 2 on 2 ranks, packed": WAYS["ZeRO 2 on 2 ranks, packed"],
+    "ZeRO 3 on 2 ranks": WAYS["ZeRO 3 on 2 ranks"],
+}
 
 
 def way(name: str) -> list[str]:
@@ -77,7 +102,8 @@ def way(name: str) -> list[str]:
     ranks = 4 if "tensor 2, pipeline 2" in name else 2 if "2 ranks" in name else ranks
     engine = ["stages.assistant.engine=deepspeed"] if "ZeRO" in name else []
     packed = ["stages.assistant.packing=true"] if "packed" in name else []
-    own = ["stages.assistant.adapter={rank: 4}"] if name == LORA else WAYS[name]
+    method, _, rest = name.partition(", ")
+    own = [*(WAYS | LORA_WAYS)[rest if method in METHODS else name], *METHODS.get(method, [])]
     return [f"cluster.ranks_per_node={ranks}", *engine, *packed, *own]
 
 
@@ -297,6 +323,12 @@ def whole_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         ("ZeRO 2 on 2 ranks, packed", "ZeRO 2 on 2 ranks, packed"),
         ("ZeRO 3 on 2 ranks", "ZeRO 3 on 2 ranks"),
         (LORA, LORA),
+        ("QLoRA, ZeRO 2 on 2 ranks, packed", "QLoRA, ZeRO 2 on 2 ranks, packed"),
+        ("IA3, ZeRO 3 on 2 ranks", "IA3, ZeRO 3 on 2 ranks"),
+        ("prefix, ZeRO 1 on 2 ranks", "prefix, ZeRO 1 on 2 ranks"),
+        ("prompt, ZeRO 1 on 2 ranks", "prompt, ZeRO 1 on 2 ranks"),
+        ("LoRA, tensor 2", "LoRA, tensor 2"),
+        ("LoRA, distributed data 2", "LoRA, distributed tensor 2"),
         ("ZeRO 3 on 2 ranks", "ZeRO 0"),
         ("ZeRO 0", "ZeRO 1 on 2 ranks"),
     ],
@@ -336,15 +368,22 @@ def kill_a_rank_after(stage: StageFolder, step: int) -> None:
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:
-    return load_file(run.stage("assistant").hf / "model.safetensors")
+    files = run.stage("assistant").hf.glob("model*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def adapted_loop(
-    base: Path, steps: list[list[Example]], seed: int
+    base: Path, steps: list[list[Example]], seed: int, quantized: bool
 ) -> tuple[Curve, dict[str, torch.Tensor]]:
-    """The curve of weights W + 2 B A of which A and B are trained; the final ones by name."""
+    """The curve of weights W + 2 B A of which A and B are trained; the final ones by name.
+
+    Args:
+        quantized: whether W is what is left of the folder's weights after NF4.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if quantized:
+        frozen |= {name: nf4(weight) for name, weight in frozen.items() if "_proj." in name}
     peft_model = with_adapter(copy.deepcopy(model), ADAPTER, seed)
     drawn = {name.split("base_model.model.")[1]: p for name, p in peft_model.named_parameters()}
     factors = {}
@@ -368,18 +407,29 @@ def adapted_loop(
     return curve, {name: weight.detach() for name, weight in merged().items()}
 
 
+def nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight put into four bits, its scales into eight, and back."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(*packed)
+
+
 ADAPTER = Adapter(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["ZeRO 0", "ZeRO 2 on 2 ranks, packed", "ZeRO 3 on 2 ranks"])
+@pytest.mark.parametrize("name", [*LORA_WAYS, "QLoRA, ZeRO 2 on 2 ranks, packed"])
 def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, tmp_path: Path) -> None:
+    quantized = name.startswith("QLoRA")
+    own = "rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]"
     with_lora = [
         *way(name),
-        "stages.assistant.adapter={rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}",
+        f"stages.assistant.adapter={{method: {'qlora' if quantized else 'lora'}, {own}}}",
     ]
     run = tuned(home, tmp_path / "run", *with_lora)
-    expected, merged = adapted_loop(home / "base", steps_of(home, run, *with_lora), seed=7)
+    steps = steps_of(home, run, *with_lora)
+    expected, merged = adapted_loop(home / "base", steps, 7, quantized)
     for (loss, norm), (true_loss, true_norm) in zip(logged(run), expected, strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)
         assert norm == pytest.approx(true_norm, rel=1e-4)
@@ -388,17 +438,103 @@ def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, tmp_path: 
     assert set(written) == set(merged)
     for parameter, whole in merged.items():
         assert (written[parameter] - whole).abs().max() <= 1e-5, parameter
-    loaded = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(home / "base"), folder / "adapter"
-    ).eval()
+    below = AutoModelForCausalLM.from_pretrained(home / "base", **four_bits(quantized))
+    loaded = peft.PeftModel.from_pretrained(below, folder / "adapter").eval()
     tokens = torch.arange(20)[None]
     together = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert torch.allclose(loaded(tokens).logits, together(tokens).logits, atol=1e-5)
+    assert apart(loaded(tokens).logits, together(tokens).logits) <= 1e-5
+
+
+@pytest.mark.ranks
+def test_an_adapter_starts_from_an_import_as_from_its_folder(home: Path, tmp_path: Path) -> None:
+    import_model(home / "base", home / "imported")
+    imported = [*way("LoRA, distributed tensor 2"), "stages.assistant.start_from=imported"]
+    run = tuned(home, tmp_path / "run", *imported)
+    expected = tuned(home, tmp_path / "expected", *way("LoRA, one rank"))
+    for (loss, norm), (true_loss, true_norm) in zip(logged(run), logged(expected), strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-4)
+    ours, whole = weights(run), weights(expected)
+    assert all((ours[name] - whole[name]).abs().max() <= 1e-5 for name in whole)
+
+
+def four_bits(quantized: bool) -> dict[str, Any]:
+    if not quantized:
+        return {}
+    nf4_twice = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **nf4_twice
+    )
+    return {"quantization_config": config}
+
+
+def apart(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest value."""
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+BY_PEFT = ["IA3, ZeRO 3 on 2 ranks", "prefix, ZeRO 1 on 2 ranks", "prompt, ZeRO 1 on 2 ranks"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", BY_PEFT)
+def test_an_adapter_learns_as_peft_s_model_does(name: str, home: Path, tmp_path: Path) -> None:
+    run = tuned(home, tmp_path / "run", *way(name))
+    method = name.partition(",")[0].lower()
+    virtual = {} if method == "ia3" else {"virtual_tokens": 4}
+    base = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
+    model: Any = with_adapter(base, Adapter(method=method, **virtual), seed=7)
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = 0.0 if method == "ia3" else 0.1
+    optimizer = torch.optim.AdamW(leaves, LEARNING_RATE, (0.9, 0.95), 1e-5, weight_decay=decay)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens).logits[:, -tokens.shape[1] :]
+
+    expected = trained_alone(logits, optimizer, steps_of(home, run, *way(name)))
+    for (loss, norm), (true_loss, true_norm) in zip(logged(run), expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-4)
+    lines = run.stage("assistant").metrics()
+    validated = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert validated[-1] < validated[0]
+    folder, tokens = run.stage("assistant").hf, torch.arange(20)[None]
+    below = AutoModelForCausalLM.from_pretrained(home / "base")
+    loaded = peft.PeftModel.from_pretrained(below, folder / "adapter").eval()
+    ours, tokenizer = load_model(folder)
+    assert apart(loaded(tokens).logits, model.eval()(tokens).logits) <= 1e-5
+    assert apart(ours(tokens).logits, model(tokens).logits) <= 1e-5
+    if method != "ia3":
+        check_virtual_tokens_are_used(folder, logits, tokenizer)
+
+
+def check_virtual_tokens_are_used(
+    folder: Path, logits: Callable[[torch.Tensor], torch.Tensor], tokenizer: Any
+) -> None:
+    """What generates text and scores it does so behind them; what would lose them is refused."""
+    tokens = tokenizer("what is up?", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    own = tokens
+    for _ in range(8):
+        own = torch.cat([own, logits(own)[:, -1].argmax(-1, keepdim=True)], 1)
+    said = tokenizer.decode(own[0, tokens.shape[1] :], skip_special_tokens=True)
+    greedy = {"decoding": "greedy", "max_new_tokens": 8}
+    found, _ = generate_text(str(folder), "what is up?", greedy, 0, raw=True)
+    assert found and said.startswith(found)
+    text = folder.parent / "text.txt"
+    text.write_text("the sky; the sea")
+    end = torch.tensor([[tokenizer.eos_token_id]])
+    scored = tokenizer("the sky; the sea", return_tensors="pt", add_special_tokens=False)
+    read = torch.cat([end, scored["input_ids"]], 1)
+    nats = cross_entropy(logits(read)[0, :-1], read[0, 1:])
+    figures = perplexity(str(folder), [text], None, None)[str(text)]
+    assert figures["perplexity"] == pytest.approx(float(nats.exp()), rel=1e-4)
+    with pytest.raises(RecipeError, match=r"the virtual tokens in adapter/ .* would be lost"):
+        read_architecture(folder)
 
 
 def test_a_layer_that_can_have_no_adapter_is_named(home: Path, tmp_path: Path) -> None:
-    for target in ("nonsense", "lm_head", "embed_tokens"):
-        wrong = [*way("ZeRO 0"), f"stages.assistant.adapter={{targets: [q_proj, {target}]}}"]
+    for target, engine in (("nonsense", "one rank"), ("lm_head", "ZeRO 0")):
+        wrong = [*way(engine), f"stages.assistant.adapter={{targets: [q_proj, {target}]}}"]
         with pytest.raises(StageError) as told:
             tuned(home, tmp_path / target, *wrong)
         assert f"adapter.targets: '{target}' is no linear layer of the model" in str(told.value)
