@@ -142,7 +142,7 @@ def setup_of(recipe: Recipe, stage: TrainedStage, device: Device) -> Setup:
         architecture=architecture,
         vocabulary=vocabulary_of(stage, recipe.stages),
         sequence_length=length,
-        device=device,
+        device=device.shared(ranks),
         gpus=ranks,
         global_batch=stage.batch.global_,
         micro_batch=stage.batch.micro,

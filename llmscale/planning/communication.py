@@ -25,6 +25,12 @@ class Network:
     device: Device
     constants: Constants
 
+    @property
+    def link_seconds(self) -> float:
+        """Of a message inside a domain, without its bytes."""
+        own = self.device.message_seconds
+        return self.constants.link_seconds if own is None else own
+
     def gather(self, whole: float, group: Group) -> float:
         """Seconds of an all-gather, or a reduce-scatter, of ``whole`` bytes over a group.
 
@@ -42,7 +48,7 @@ class Network:
         if across > 1:
             ports = inside * device.network_bandwidth * constants.network
             bandwidth = min(bandwidth, ports)
-        latency = (inside - 1) * constants.link_seconds + (across - 1) * constants.network_seconds
+        latency = (inside - 1) * self.link_seconds + (across - 1) * constants.network_seconds
         return whole * (n - 1) / n / bandwidth + latency
 
     def reduce(self, whole: float, group: Group) -> float:
@@ -58,13 +64,13 @@ class Network:
         constants, device = self.constants, self.device
         near = held * (inside - 1) / n / (device.link_bandwidth * constants.link)
         far = held * (n - inside) / n / (device.network_bandwidth * constants.network)
-        hop = constants.network_seconds if n > inside else constants.link_seconds
+        hop = constants.network_seconds if n > inside else self.link_seconds
         return max(near, far) + hop
 
     def send(self, message: float, stride: int) -> float:
         """Seconds of a message to the rank ``stride`` further on."""
         constants, device = self.constants, self.device
         if stride < device.domain:
-            return message / (device.link_bandwidth * constants.link) + constants.link_seconds
+            return message / (device.link_bandwidth * constants.link) + self.link_seconds
         speed = device.network_bandwidth * constants.network
         return message / speed + constants.network_seconds

@@ -9,6 +9,11 @@ from typing import Literal
 from llmscale.errors import RecipeError
 from llmscale.settings import choices, shown
 
+CPU_CALL_SECONDS = 15e-6
+"""Of one operation of PyTorch on one core, with its part of autograd."""
+CPU_MESSAGE_SECONDS = 3e-4
+"""Of one message between gloo ranks of a machine."""
+
 Generation = Literal["cpu", "volta", "ampere", "hopper", "blackwell"]
 Number = Literal["fp32", "half", "fp8", "fp4"]
 """What a matrix product multiplies: ``half`` is bf16 or fp16."""
@@ -30,6 +35,8 @@ class Device:
         domain: devices that reach each other by NVLink.
         link_bandwidth: of NVLink, bytes a second of one device in one direction.
         network_bandwidth: across domains, likewise.
+        call_seconds: of starting an operation, where that is the device's own (a CPU's).
+        message_seconds: of a message without its bytes, likewise.
         sources: where the figures are from.
     """
 
@@ -44,6 +51,8 @@ class Device:
     domain: int
     link_bandwidth: float
     network_bandwidth: float
+    call_seconds: float | None = None
+    message_seconds: float | None = None
     sources: tuple[str, ...] = field(default=(), repr=False)
 
     def peak(self, number: Number) -> float:
@@ -53,6 +62,24 @@ class Device:
             if name in self.peaks:
                 return self.peaks[name]
         return self.plain_peak
+
+    def shared(self, ranks: int) -> "Device":
+        """A CPU's part for each of its ranks; a GPU is one rank's alone."""
+        if self.generation != "cpu":
+            return self
+        crowd = max(1.0, ranks / self.processors)
+        return replace(
+            self,
+            peaks={number: peak / ranks for number, peak in self.peaks.items()},
+            plain_peak=self.plain_peak / ranks,
+            memory_bytes=self.memory_bytes / ranks,
+            memory_bandwidth=self.memory_bandwidth / ranks,
+            domain=ranks,
+            link_bandwidth=self.link_bandwidth / ranks,
+            network_bandwidth=self.network_bandwidth / ranks,
+            call_seconds=CPU_CALL_SECONDS * crowd,
+            message_seconds=CPU_MESSAGE_SECONDS * crowd,
+        )
 
     def __hash__(self) -> int:
         return hash((self.name, self.network_bandwidth, self.memory_bandwidth))
@@ -227,18 +254,18 @@ def find_device(name: str) -> Device:
     return DEVICES[usual]
 
 
-def measured_cpu(size: int = 512, repeats: int = 7) -> Device:
+def measured_cpu(size: int = 768, repeats: int = 25) -> Device:
     """This machine's CPU as one device that all ranks share, measured now by NumPy.
 
-    Matrix products in fp32 with all threads of its BLAS, and copies of a large array; what
-    ranks send each other goes through memory as well.
+    Matrix products in fp32 with all threads of its BLAS, and copies of an array of 1 MiB, as
+    large as a small model's activations; what ranks send each other goes through memory as well.
     """
     import numpy
     import psutil
 
     left = numpy.random.default_rng(0).random((size, size), dtype=numpy.float32)
     product = _quickest(lambda: left @ left, repeats)
-    block = numpy.zeros(2**23, dtype=numpy.float32)
+    block = numpy.zeros(2**18, dtype=numpy.float32)
     copy = _quickest(block.copy, repeats)
     peak = 2.0 * size**3 / product
     bandwidth = 2.0 * block.nbytes / copy
@@ -254,7 +281,7 @@ def measured_cpu(size: int = 512, repeats: int = 7) -> Device:
         domain=os.cpu_count() or 1,
         link_bandwidth=bandwidth,
         network_bandwidth=bandwidth,
-        sources=(f"measured now: a product of {size} x {size} in fp32, a copy of 32 MiB",),
+        sources=(f"measured now: a product of {size} x {size} in fp32, a copy of 1 MiB",),
     )
 
 

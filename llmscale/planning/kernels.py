@@ -11,6 +11,8 @@ TILE_ROWS, TILE_COLUMNS = 128, 256
 ALIGNED = 64
 """Sizes that are no multiples of so many elements (128 bytes of bf16) slow tensor cores down:
 NVIDIA's Matrix Multiplication Background guide, section 3.1 (A100)."""
+CPU_PRODUCTS = 0.6
+"""Rate of a small model's products on one thread a rank, beside a large one on all cores."""
 ROW_SCALED_PRODUCTS = 0.60
 """Rate of products with a factor for each row, beside one for each tensor: CUTLASS's kernels
 against cuBLAS's on Hopper, pytorch/pytorch's benchmarks of ``_scaled_mm`` (2024)."""
@@ -27,13 +29,19 @@ class Machine:
         """FLOP/s of a large matrix product, as the power limit allows."""
         constants, device = self.constants, self.device
         if device.generation == "cpu":
-            return device.peak(number)
+            return device.peak(number) * CPU_PRODUCTS
         fraction = float(getattr(constants, f"{device.generation}_products"))
         if number == "fp8" and "fp8" in device.peaks:
             fraction *= constants.eight_bit_products
         elif number == "fp4" and "fp4" in device.peaks:
             fraction *= constants.four_bit_products
         return device.peak(number) * fraction * self.power()
+
+    @property
+    def call_seconds(self) -> float:
+        """Of starting a kernel and draining it."""
+        own = self.device.call_seconds
+        return self.constants.kernel_seconds if own is None else own
 
     def power(self) -> float:
         """What a part with a lower power limit keeps of its generation's clock."""
@@ -72,12 +80,12 @@ class Machine:
                 arithmetic /= constants.misaligned_products
             if scaling == "row" and number == "fp8":
                 arithmetic /= ROW_SCALED_PRODUCTS
-        return max(arithmetic, memory) + constants.kernel_seconds
+        return max(arithmetic, memory) + self.call_seconds
 
     def move(self, moved: float, kernels: int = 1) -> float:
         """Seconds of kernels that read and write so many bytes together."""
         speed = self.device.memory_bandwidth * self.constants.memory
-        return moved / speed + kernels * self.constants.kernel_seconds
+        return moved / speed + kernels * self.call_seconds
 
     def attention(
         self,
@@ -104,15 +112,15 @@ class Machine:
             if head % 8:
                 rate = self.device.plain_peak
             speed = self.device.memory_bandwidth * self.constants.memory
-            seconds = self.constants.kernel_seconds
+            seconds = self.call_seconds
             products = flops / rate * (1.0 + self.constants.depth / head) ** 0.5
             forward = products + 13.0 * scores / speed + 5 * seconds
             return forward, 2 * products + 17.0 * scores / speed + 8 * seconds
         rate = self.rate("half") * self.attention_fraction(kernels)
         if head < 128:
             rate *= (head / 128) ** 0.5
-        forward = flops / rate + self.constants.kernel_seconds
-        return forward, 2.5 * flops / (0.85 * rate) + 2 * self.constants.kernel_seconds
+        forward = flops / rate + self.call_seconds
+        return forward, 2.5 * flops / (0.85 * rate) + 2 * self.call_seconds
 
     def attention_fraction(self, kernels: Kernels) -> float:
         """Of the rate of a large product."""

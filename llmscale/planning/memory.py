@@ -15,6 +15,8 @@ from llmscale.planning.setup import Setup
 
 CONTEXT_BYTES = 1.5 * GIBIBYTE
 """Of the CUDA context, loaded kernels and the workspaces of cuBLAS and cuDNN."""
+PROCESS_BYTES = 0.5 * GIBIBYTE
+"""Of a process on the CPU with PyTorch loaded."""
 CHANNEL_BYTES = 0.35 * GIBIBYTE
 """Buffers that NCCL keeps for each kind of group a rank is in."""
 FRAGMENTED = 0.05
@@ -78,6 +80,8 @@ def _stage_memory(setup: Setup, stage: int, held: StageParameters) -> Memory:
     logits = logit_bytes(setup) if stage == setup.pipeline - 1 else 0.0
     channels = sum(d > 1 for d in (setup.tensor, setup.pipeline, setup.context, setup.data))
     buffers = CONTEXT_BYTES + channels * CHANNEL_BYTES + FRAGMENTED * (activations + logits)
+    if setup.device.generation == "cpu":
+        buffers = PROCESS_BYTES
     buffers += max(0.0, working_bytes(setup) - logits)  # the loss is done when layers begin
     return Memory(
         *layers,
