@@ -46,12 +46,12 @@ def show(found: Errors) -> None:
 def main(table: Path) -> None:
     """Prints the constants, the errors within the fit, and those of sources left out."""
     _, rows = read_table(table)
-    fitted = fit(measured(rows), Constants(), list(PLAUSIBLE))
-    for name, value in fitted.plain().items():
+    found = fitted(rows)
+    for name, value in found.plain().items():
         low, high, _ = PLAUSIBLE[name]
         print(f"{name:<22} {value:.4g}   plausible {low:g} to {high:g}")
     print(f"\nfitted to all{'':<47} rows   median     90 %     bias     rank")
-    for found in errors_by_source([predict_row(row, fitted) for row in rows]):
+    for found in errors_by_source([predict_row(row, found) for row in rows]):
         show(found)
     sources = list(dict.fromkeys(each.source for each in measured(rows)))
     with ProcessPoolExecutor(2) as pool:

@@ -161,6 +161,7 @@ def setup_of(recipe: Recipe, stage: TrainedStage, device: Device) -> Setup:
         kernels=_kernels(device, deepspeed),
         fused=not deepspeed,
         scaling="block" if device.generation == "blackwell" else "tensor",
+        tensor_overlap="backward" if device.generation != "cpu" else "none",
         data_overlap=device.generation != "cpu",
         # DeepSpeed's weights are fp32, of which bf16 copies are made: 4 + 4 + 8 bytes
         optimizer_bytes=8.0 if deepspeed else 12.0,

@@ -11,6 +11,8 @@ TILE_ROWS, TILE_COLUMNS = 128, 256
 ALIGNED = 64
 """Sizes that are no multiples of so many elements (128 bytes of bf16) slow tensor cores down:
 NVIDIA's Matrix Multiplication Background guide, section 3.1 (A100)."""
+UNFUSED_DEPTH = 200.0
+"""Products over a head's width reach ``1 / sqrt(1 + this / width)`` of the rate of large ones."""
 CPU_PRODUCTS = 0.6
 """Rate of a small model's products on one thread a rank, beside a large one on all cores."""
 ROW_SCALED_PRODUCTS = 0.60
@@ -75,7 +77,8 @@ class Machine:
         memory = moved / (device.memory_bandwidth * constants.memory)
         if device.generation != "cpu":
             arithmetic /= _filled(rows, columns, device.processors)
-            arithmetic *= 1.0 + constants.depth / depth
+            tile = 2.0 * TILE_ROWS * TILE_COLUMNS * depth * device.processors / self.rate(number)
+            arithmetic *= 1.0 + constants.tile_seconds / tile
             if min(columns, depth) % ALIGNED or max(columns, depth) % ALIGNED:
                 arithmetic /= constants.misaligned_products
             if scaling == "row" and number == "fp8":
@@ -113,7 +116,7 @@ class Machine:
                 rate = self.device.plain_peak
             speed = self.device.memory_bandwidth * self.constants.memory
             seconds = self.call_seconds
-            products = flops / rate * (1.0 + self.constants.depth / head) ** 0.5
+            products = flops / rate * (1.0 + UNFUSED_DEPTH / head) ** 0.5
             forward = products + 13.0 * scores / speed + 5 * seconds
             return forward, 2 * products + 17.0 * scores / speed + 8 * seconds
         rate = self.rate("half") * self.attention_fraction(kernels)

@@ -47,13 +47,26 @@ def _tensor_messages(setup: Setup, network: Network, layer: PassTime) -> tuple[f
     group = Group(setup.tensor)
     blocks = 1 if setup.architecture.experts else 2  # experts' tokens travel by themselves
     forward = blocks * network.reduce(message, group)
-    backward = forward
-    if setup.tensor_overlap:
-        hidden = network.constants.hidden_tensor
-        forward -= min(hidden * forward, layer.forward)
-        backward -= min(hidden * backward, layer.backward)
     again = forward * setup.recomputed_layers if setup.recompute == "full" else 0.0
-    return forward, backward + again
+    beside, alone = _backward_messages(setup, blocks * network.gather(message, group))
+    hidden = network.constants.hidden_tensor
+    if setup.tensor_overlap == "both":
+        forward -= min(hidden * forward, layer.forward)
+        alone -= hidden * alone
+        again -= hidden * again
+    if setup.tensor_overlap != "none":
+        beside -= min(hidden * beside, layer.backward)
+    return forward, beside + alone + again
+
+
+def _backward_messages(setup: Setup, gathered: float) -> tuple[float, float]:
+    """Seconds that can run beside products of the same layer, and that cannot.
+
+    An all-reduce (two times ``gathered``) is beside the weights' gradients. With sequence
+    parallelism the reduce-scatter of the inputs' gradients and a second gathering of the inputs
+    are beside products; the gathering of the outputs' gradients comes before all of them.
+    """
+    return (2 * gathered, gathered) if setup.sequence_parallel else (2 * gathered, 0.0)
 
 
 def _context_messages(setup: Setup, network: Network) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from llmscale.models.architecture import Architecture
 from llmscale.planning.flops import Convention, step_flops
 from llmscale.planning.hardware import Device, Number, find_device
 from llmscale.planning.memory import memory
-from llmscale.planning.setup import Kernels, Recompute, Setup, Sharding
+from llmscale.planning.setup import Kernels, Overlap, Recompute, Setup, Sharding
 from llmscale.settings import divisors
 
 OUTSIDE_THE_PIPELINE = re.compile(r"\blora\b", re.IGNORECASE)
@@ -137,7 +137,6 @@ def _setup(cells: Mapping[str, str]) -> Setup:
         data = max(1, gpus // (tensor * pipeline * context))
     micro_batch, global_batch = _batch(cells, text, pipeline, data)
     vocabulary = _whole(cells, "vocab", DEFAULT_VOCABULARY)
-    virtual = _virtual_pipeline(cells, text)
     base = Setup(
         architecture=_architecture(cells, vocabulary, length, tensor, pipeline),
         vocabulary=vocabulary,
@@ -148,12 +147,14 @@ def _setup(cells: Mapping[str, str]) -> Setup:
         micro_batch=micro_batch,
         tensor=tensor,
         pipeline=pipeline,
-        virtual_pipeline=virtual if pipeline > 1 else 1,
         context=context,
         expert=_whole(cells, "ep", 1),
         data=data,
     )
-    return _with_recompute(cells, _with_software(cells, text, base))
+    chunks = _virtual_pipeline(cells, text, base)
+    return _with_recompute(
+        cells, _with_software(cells, text, replace(base, virtual_pipeline=chunks))
+    )
 
 
 def _device(name: str, text: str) -> Device:
@@ -183,11 +184,23 @@ def _batch(cells: Mapping[str, str], text: str, pipeline: int, data: int) -> tup
     return size, max(1, round(whole or size * data))
 
 
-def _virtual_pipeline(cells: Mapping[str, str], text: str) -> int:
-    """Chunks a stage; 2 where the schedule is interleaved and their number not printed."""
-    pattern = r"\binterleaved\b|\bvpp\b[^;]*not printed"
-    interleaved = re.search(pattern, text, re.IGNORECASE) is not None
-    return _whole(cells, "vpp", 2 if interleaved else 1)
+def _virtual_pipeline(cells: Mapping[str, str], text: str, setup: Setup) -> int:
+    """Chunks a stage: as printed; else one, where nothing tells that schedules are interleaved.
+
+    torchtitan's interleaved schedule has 2. Megatron's rows that leave the number out, all of
+    those on Hopper and later, are taken at about two layers a chunk.
+    """
+    lower = text.lower()
+    if setup.pipeline == 1:
+        return 1
+    if (printed := _number(cells, "vpp")) is not None:
+        return round(printed)
+    if "torchtitan" in lower:
+        return 2 if re.search(r"\binterleaved\b", lower) else 1
+    left_out = re.search(r"\bvpp\b[^;]*not printed|\binterleaved\b", lower) is not None
+    if not left_out and setup.device.generation not in ("hopper", "blackwell"):
+        return 1
+    return max(1, setup.architecture.all_layers // setup.pipeline // 2)
 
 
 def _architecture(
@@ -273,7 +286,7 @@ def _with_software(cells: Mapping[str, str], text: str, setup: Setup) -> Setup:
         dropout=kernels == "unfused",
         fused=not pytorch or _compiled(cells),
         sequence_parallel=setup.tensor > 1 and (told == "yes" or (not told and recent)),
-        tensor_overlap=(recent and not pytorch) or _asynchronous_tensor(cells),
+        tensor_overlap=_tensor_overlap(cells, pytorch or deepspeed, recent),
         scattered_sends=True,
         all_reduced=deepspeed,
         data_overlap=recent,
@@ -291,8 +304,13 @@ def _compiled(cells: Mapping[str, str]) -> bool:
     return any("compile" in note and "without" not in note for note in notes)
 
 
-def _asynchronous_tensor(cells: Mapping[str, str]) -> bool:
-    return re.search(r"async ?tp", cells.get("notes", ""), re.IGNORECASE) is not None
+def _tensor_overlap(cells: Mapping[str, str], plain: bool, recent: bool) -> Overlap:
+    """NVIDIA's recipes for Hopper and later use user buffers; ``plain`` software overlaps none."""
+    if re.search(r"async ?tp", cells.get("notes", ""), re.IGNORECASE):
+        return "both"
+    if plain:
+        return "none"
+    return "both" if recent else "backward"
 
 
 def _sharding(lower: str) -> Sharding | None:

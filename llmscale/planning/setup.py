@@ -18,6 +18,9 @@ is megatron-core's distributed optimizer, ``weights`` is FSDP's FULL_SHARD."""
 Kernels = Literal["unfused", "ported", "native"]
 """Attention: scores in memory, as before FlashAttention; flash-attn 1 and 2, made for Ampere,
 which PyTorch has as well; or kernels made for the device: flash-attn 3, Transformer Engine's."""
+Overlap = Literal["none", "backward", "both"]
+"""``backward``: beside the products of weight gradients, as megatron-core does; ``both``: cut into
+pieces beside all products, as Transformer Engine's user buffers and PyTorch's async TP do."""
 Scaling = Literal["tensor", "row", "block"]
 """Of what a factor of an 8-bit or 4-bit product is common to: a tensor, a row, a block."""
 
@@ -31,7 +34,7 @@ class Setup:
         recomputed_layers: share of a stage's layers that ``recompute`` is for.
         precision: the recipe's word for ``number``.
         fused: small operations run together, by torch.compile or fused kernels.
-        tensor_overlap: tensor-parallel messages run beside matrix products.
+        tensor_overlap: tensor-parallel messages that run beside matrix products.
         scattered_sends: tensor ranks share the sending of activations to the next stage.
         all_reduced: every data rank gets all summed gradients, even those it does not update.
         data_overlap: gradients are summed over data ranks during the last backward pass.
@@ -66,7 +69,7 @@ class Setup:
     scaling: Scaling = "tensor"
     kernels: Kernels = "native"
     fused: bool = True
-    tensor_overlap: bool = False
+    tensor_overlap: Overlap = "none"
     scattered_sends: bool = False
     all_reduced: bool = False
     data_overlap: bool = True
