@@ -29,11 +29,15 @@ def measured(rows: Sequence[Row]) -> list[Measured]:
     ]
 
 
+def fitted(rows: Sequence[Row]) -> Constants:
+    """By these rows alone: from the middle of what is plausible."""
+    middle = {name: (each.low * each.high) ** 0.5 for name, each in PLAUSIBLE.items()}
+    return fit(measured(rows), Constants().changed(middle), list(PLAUSIBLE), rounds=6)
+
+
 def left_out(source: str, rows: Sequence[Row]) -> Constants:
     """The constants as they are without a source."""
-    return fit(
-        measured([row for row in rows if row.source != source]), Constants(), list(PLAUSIBLE)
-    )
+    return fitted([row for row in rows if row.source != source])
 
 
 def show(found: Errors) -> None:
@@ -46,20 +50,20 @@ def show(found: Errors) -> None:
 def main(table: Path) -> None:
     """Prints the constants, the errors within the fit, and those of sources left out."""
     _, rows = read_table(table)
-    found = fitted(rows)
-    for name, value in found.plain().items():
+    constants = fitted(rows)
+    for name, value in constants.plain().items():
         low, high, _ = PLAUSIBLE[name]
         print(f"{name:<22} {value:.4g}   plausible {low:g} to {high:g}")
     print(f"\nfitted to all{'':<47} rows   median     90 %     bias     rank")
-    for found in errors_by_source([predict_row(row, found) for row in rows]):
+    for found in errors_by_source([predict_row(row, constants) for row in rows]):
         show(found)
     sources = list(dict.fromkeys(each.source for each in measured(rows)))
     with ProcessPoolExecutor(2) as pool:
         without = list(pool.map(partial(left_out, rows=rows), sources))
     print(f"\nleft out{'':<52} rows   median     90 %     bias     rank")
     outside = []
-    for source, constants in zip(sources, without, strict=True):
-        own = [predict_row(row, constants) for row in rows if row.source == source]
+    for source, other in zip(sources, without, strict=True):
+        own = [predict_row(row, other) for row in rows if row.source == source]
         outside += own
         show(errors(own, source))
     show(errors(outside, "all"))

@@ -17,7 +17,7 @@ from llmscale.planning.calibration import (
 )
 from llmscale.planning.constants import Constants
 from llmscale.planning.explain import explain
-from llmscale.planning.forecast import forecast, layout, plain
+from llmscale.planning.forecast import Forecast, forecast, layout, plain
 from llmscale.planning.hardware import find_device
 from llmscale.planning.validate import errors_by_source, validate, write_predictions
 from llmscale.planning.validate import plain as plain_errors
@@ -30,6 +30,7 @@ from llmscale.plans import (
     setup_of,
 )
 from llmscale.recipe.recipe import Recipe, load_recipe
+from llmscale.stages.trained import TrainedStage
 
 
 def required(recipe: Path | None) -> Path:
@@ -111,7 +112,7 @@ def _with_best_layouts(recipe: Recipe, plans: dict[str, StagePlan]) -> Recipe:
     stages = dict(recipe.stages)
     ranks = set()
     for name, stage in planned_stages(recipe).items():
-        best = next((each for each in plans[name].found.best if each.verdict == "fits"), None)
+        best = next((each for each in plans[name].found.best if _writable(stage, each)), None)
         if best is None:
             raise RecipeError(
                 f"--write: no layout of stages.{name} is sure to fit; use more GPUs, or see --why"
@@ -138,6 +139,11 @@ def _with_best_layouts(recipe: Recipe, plans: dict[str, StagePlan]) -> Recipe:
         )
     cluster = recipe.cluster.model_copy(update={"nodes": nodes})
     return recipe.model_copy(update={"stages": stages, "cluster": cluster})
+
+
+def _writable(stage: TrainedStage, found: Forecast) -> bool:
+    """Whether it is sure to fit, and in the recipe's own precision."""
+    return found.verdict == "fits" and found.setup.precision == stage.precision
 
 
 def validate_table(table: Path, out: Path | None, console: Console) -> dict[str, Any]:

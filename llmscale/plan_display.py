@@ -29,12 +29,11 @@ def show_plan(console: Console, stage: StagePlan, price: float | None) -> None:
     device = f"{setup.gpus:,} x {setup.device.name}"
     title = f"{stage.name}: {stage.parameters:,} parameters on {device}"
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading, _ in columns:
-        table.add_column(heading, justify="right")
-    rows = [_rows(found, stage.tokens, price) for _, found in columns]
-    for name in rows[0]:
-        values = [row.get(name, "") for row in rows]
+        table.add_column(heading, justify="right", no_wrap=True)
+    cells = [_rows(found, stage.tokens, price) for _, found in columns]
+    for (name, _), *values in zip(cells[0], *([v for _, v in rows] for rows in cells), strict=True):
         if any(values):
             table.add_row(name, *values)
     console.print(table)
@@ -42,26 +41,28 @@ def show_plan(console: Console, stage: StagePlan, price: float | None) -> None:
         console.print(f"{stage.found.tried:,} layouts fit; times are predictions, docs/planning.md")
 
 
-def _rows(found: Forecast, tokens: int | None, price: float | None) -> dict[str, str]:
+def _rows(found: Forecast, tokens: int | None, price: float | None) -> list[tuple[str, str]]:
+    """Names and values of a forecast's column."""
     memory, step = found.memory, found.step
-    rows = {
-        **{name: _degree(value) for name, value in layout(found.setup).items()},
-        "memory, GiB": f"{memory.total / GIBIBYTE:.1f}",
-        **{f"  {name}": _part(size / GIBIBYTE, 1) for name, size in vars(memory).items()},
-        "  headroom": f"{found.headroom / GIBIBYTE:.1f}",
-        "fits": {"fits": "yes", "tight": "tight", "does not fit": "NO"}[found.verdict],
-        "step, s": f"{step.total:.4g}",
-        **{f"  {name}": _part(seconds, 3) for name, seconds in vars(step).items()},
-        "tokens/s a GPU": f"{found.tokens_per_second:,.0f}",
-        "model TFLOP/s a GPU": f"{found.model_flops / 1e12:.3g}",
-        "MFU": f"{found.model_flops / found.peak:.1%}",
-        "HFU": f"{found.hardware_flops / found.peak:.1%}",
-    }
+    rows = [(name, _degree(value)) for name, value in layout(found.setup).items()]
+    rows += [("memory, GiB", f"{memory.total / GIBIBYTE:.1f}")]
+    rows += [(f"  {name}", _part(size / GIBIBYTE, 1)) for name, size in vars(memory).items()]
+    rows += [
+        ("  headroom", f"{found.headroom / GIBIBYTE:.1f}"),
+        ("fits", {"fits": "yes", "tight": "tight", "does not fit": "NO"}[found.verdict]),
+        ("step, s", f"{step.total:.4g}"),
+    ]
+    rows += [(f"  {name}", _part(seconds, 3)) for name, seconds in vars(step).items()]
+    rows += [
+        ("tokens/s a GPU", f"{found.tokens_per_second:,.0f}"),
+        ("TFLOP/s a GPU", f"{found.model_flops / 1e12:.3g}"),
+        ("MFU", f"{found.model_flops / found.peak:.1%}"),
+        ("HFU", f"{found.hardware_flops / found.peak:.1%}"),
+    ]
     if tokens is not None:
-        rows["days"] = f"{found.days(tokens):.3g}"
-        rows["GPU-hours"] = f"{found.gpu_hours(tokens):,.0f}"
-        if price is not None:
-            rows["cost"] = f"{found.gpu_hours(tokens) * price:,.0f}"
+        hours = found.gpu_hours(tokens)
+        rows += [("days", f"{found.days(tokens):.3g}"), ("GPU-hours", f"{hours:,.0f}")]
+        rows += [("cost", f"{hours * price:,.0f}")] if price is not None else []
     return rows
 
 

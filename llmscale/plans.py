@@ -164,9 +164,16 @@ def setup_of(recipe: Recipe, stage: TrainedStage, device: Device) -> Setup:
         tensor_overlap="backward" if device.generation != "cpu" else "none",
         data_overlap=device.generation != "cpu",
         # DeepSpeed's weights are fp32, of which bf16 copies are made: 4 + 4 + 8 bytes
-        optimizer_bytes=8.0 if deepspeed else 12.0,
+        optimizer_bytes=_optimizer_bytes(stage),
         copied_gradient_bytes=2.0 if deepspeed and stage.precision != "fp32" else 0.0,
     )
+
+
+def _optimizer_bytes(stage: TrainedStage) -> float:
+    """On the GPU: none where it is offloaded, whose time is not in the plan."""
+    if stage.engine == "deepspeed":
+        return 8.0 if stage.zero.offload == "none" else 0.0
+    return 12.0
 
 
 def _architecture(recipe: Recipe, stage: TrainedStage) -> Architecture:
@@ -247,9 +254,9 @@ def memory_warnings(recipe: Recipe) -> list[str]:
     device = find_device(told)
     try:
         stages = planned_stages(recipe)
+        found = [_warning(recipe, name, stage, device) for name, stage in stages.items()]
     except RecipeError:
-        return []
-    found = (_warning(recipe, name, stage, device) for name, stage in stages.items())
+        return []  # there is nothing to plan
     return [line for line in found if line is not None]
 
 

@@ -17,6 +17,8 @@ from llmscale.settings import shown
 FOLDER = Path(os.environ.get("LLMSCALE_CALIBRATIONS", "~/.config/llmscale/calibrations"))
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 COMMON = ("memory", "link", "network", "hidden_data", "straggling")
+NOISE = 0.02
+"""Of a median of many steps of one's own run; other runs on the same cluster differ by so much."""
 WARM_UP = 0.1
 """Of the logged steps, left out: the first ones compile and fill caches."""
 
@@ -58,7 +60,8 @@ def calibrate(name: str, setup: Setup, seconds: float) -> Constants:
     before = load_calibration(name)
     products = f"{setup.device.generation}_products"
     names = [*([products] if hasattr(before, products) else []), *COMMON]
-    after = fit([Measured(setup, seconds, name)], before, names, centre=before)
+    measured = [Measured(setup, seconds, name)]
+    after = fit(measured, before, names, centre=before, noise=NOISE)
     file = calibration_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({"constants": after.plain()}, indent=2) + "\n")

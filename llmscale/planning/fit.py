@@ -28,12 +28,15 @@ def fit(
     names: Sequence[str],
     rounds: int = 5,
     centre: Constants | None = None,
+    noise: float = 0.1,
 ) -> Constants:
     """The constants with the smallest squared errors of the logarithm of step time.
 
     By Gauss and Newton in logarithms, each constant held within its plausible range and drawn
-    towards the range's middle, or ``centre``, as by one more measurement. A source counts by
-    the square root of its rows.
+    towards the range's middle, or ``centre``. A source counts by the square root of its rows.
+
+    Args:
+        noise: of a measurement, as a logarithm; the smaller, the less constants are drawn back.
     """
     import numpy
 
@@ -45,7 +48,7 @@ def fit(
     middle, spread = (low + high) / 2, (high - low) / 4
     if centre is not None:
         middle = numpy.log([getattr(centre, name) for name in names])
-    pull = 0.1 / spread
+    pull = noise / spread
 
     def errors(logs: "numpy.ndarray", simulated: bool = False) -> "numpy.ndarray":
         values = dict(zip(names, map(float, numpy.exp(logs)), strict=True))
@@ -58,10 +61,12 @@ def fit(
         )
 
     at = numpy.log([getattr(start, name) for name in names])
-    for _ in range(rounds):
-        now, near = errors(at, simulated=True), errors(at)
-        nudges = NUDGE * numpy.eye(len(at))
-        slopes = numpy.stack([(errors(at + nudge) - near) / NUDGE for nudge in nudges], axis=1)
+    nudges = NUDGE * numpy.eye(len(at))
+    for number in range(rounds):
+        now = errors(at, simulated=True)
+        if number in (0, rounds // 2):  # slopes of logarithms hardly change
+            near = errors(at)
+            slopes = numpy.stack([(errors(at + nudge) - near) / NUDGE for nudge in nudges], axis=1)
         robust = weights * numpy.sqrt(
             numpy.minimum(1.0, LARGEST_ERROR / numpy.maximum(numpy.abs(now), 1e-9))
         )

@@ -21,6 +21,9 @@ from llmscale.settings import divisors
 
 OUTSIDE_THE_PIPELINE = re.compile(r"\blora\b", re.IGNORECASE)
 DEFAULT_VOCABULARY = 51200
+LARGEST_NUMBER = 2**24
+"""Above every size, degree and rate of a run, so that no cell keeps a reader busy for hours."""
+MOST_STAGES = 1024
 JEAN_ZAY_NETWORK = 4 * 100e9 / 8 / 8
 """Bytes a second of a GPU: four 100 Gb/s ports of Omni-Path a node of 8 A100 (BLOOM's
 tr11-176B-ml/README.md, "Hardware")."""
@@ -103,8 +106,8 @@ def _number(cells: Mapping[str, str], key: str) -> float | None:
         number = float(text)
     except ValueError:
         raise Unpredictable(f"{key}: {text!r} is no number") from None
-    if not 0 < number < 1e18:
-        raise Unpredictable(f"{key}: {text!r} is not above 0")
+    if not 0 < number <= LARGEST_NUMBER:
+        raise Unpredictable(f"{key}: {text!r} is not between 0 and {LARGEST_NUMBER:,}")
     return number
 
 
@@ -128,13 +131,8 @@ def _setup(cells: Mapping[str, str]) -> Setup:
         raise Unpredictable("gpu: empty")
     device = _device(cells["gpu"], text)
     gpus, length = _needed(cells, "gpus", "seq")
-    if _number(cells, "tp") is None and _number(cells, "pp") is None and gpus > device.domain:
-        raise Unpredictable("tp, pp: empty")
-    tensor, pipeline = _whole(cells, "tp", 1), _whole(cells, "pp", 1)
-    context = _whole(cells, "cp", 1)
-    data = _whole(cells, "dp", max(1, gpus // (tensor * pipeline * context)))
-    if tensor * pipeline * context * data != gpus:
-        data = max(1, gpus // (tensor * pipeline * context))
+    tensor, pipeline, context = _degrees(cells, device, gpus)
+    data = gpus // (tensor * pipeline * context)
     micro_batch, global_batch = _batch(cells, text, pipeline, data)
     vocabulary = _whole(cells, "vocab", DEFAULT_VOCABULARY)
     base = Setup(
@@ -157,11 +155,22 @@ def _setup(cells: Mapping[str, str]) -> Setup:
     )
 
 
+def _degrees(cells: Mapping[str, str], device: Device, gpus: int) -> tuple[int, int, int]:
+    """Tensor, pipeline and context; what one domain cannot hold must have been split."""
+    if _number(cells, "tp") is None and _number(cells, "pp") is None and gpus > device.domain:
+        raise Unpredictable("tp, pp: empty")
+    tensor, pipeline, context = (_whole(cells, key, 1) for key in ("tp", "pp", "cp"))
+    if tensor * pipeline * context > gpus or pipeline > MOST_STAGES:
+        raise Unpredictable(f"tp x pp x cp: {tensor} x {pipeline} x {context} on {gpus} gpus")
+    return tensor, pipeline, context
+
+
 def _device(name: str, text: str) -> Device:
+    """With the network that the publication tells of."""
     device = find_device(name)
     if text.startswith("bigscience-workshop/"):
         return replace(device, network_bandwidth=JEAN_ZAY_NETWORK)
-    told = re.search(r"(\d+) ?Gb(?:ps|/s|it/s) node", text)
+    told = re.search(r"(\d{2,5}) ?Gb(?:ps|/s|it/s) node", text)
     if told is None:
         return device
     return replace(device, network_bandwidth=float(told[1]) * 1e9 / 8 / 8)
@@ -194,7 +203,7 @@ def _virtual_pipeline(cells: Mapping[str, str], text: str, setup: Setup) -> int:
     if setup.pipeline == 1:
         return 1
     if (printed := _number(cells, "vpp")) is not None:
-        return round(printed)
+        return max(1, min(round(printed), setup.architecture.all_layers // setup.pipeline))
     if "torchtitan" in lower:
         return 2 if re.search(r"\binterleaved\b", lower) else 1
     left_out = re.search(r"\bvpp\b[^;]*not printed|\binterleaved\b", lower) is not None
@@ -220,6 +229,8 @@ def _architecture(
     layers = _number(cells, "layers")
     if layers is None and printed is None:
         raise Unpredictable("layers, params_b: empty")
+    if max(layers or 0, heads, pipeline) > MOST_STAGES:
+        raise Unpredictable(f"layers, heads, pp: above {MOST_STAGES:,}")
     found = []
     for family in ("gpt2", "llama"):
         count = layers

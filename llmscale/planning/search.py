@@ -1,7 +1,7 @@
 """All layouts of a model on a number of GPUs, the quickest that fit first."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmscale.parallel.layout import Layout
@@ -23,7 +23,7 @@ class Search:
     """What came of a search.
 
     Attributes:
-        best: the quickest first, all within memory.
+        best: the quickest first, all within memory; last, the quickest of them in FP8.
         tried: layouts whose time was predicted.
         impossible: why others were left out, and how many.
     """
@@ -33,7 +33,7 @@ class Search:
     impossible: Counter[str] = field(default_factory=Counter)
 
 
-def search(base: Setup, constants: Constants, most: int = 5) -> Search:
+def search(base: Setup, constants: Constants, most: int = 4) -> Search:
     """The quickest layouts for a model, batch, device and number of GPUs.
 
     Sequence parallelism, where there is tensor parallelism, and the distributed optimizer,
@@ -58,7 +58,19 @@ def search(base: Setup, constants: Constants, most: int = 5) -> Search:
     ranked.sort(key=lambda pair: pair[0])
     quickest = [forecast(setup, constants) for _, setup in ranked[:SIMULATED]]
     found.best = sorted(quickest, key=lambda each: each.step.total)[:most]
+    found.best += _in_eight_bits(quickest, constants)
     return found
+
+
+def _in_eight_bits(quickest: Sequence[Forecast], constants: Constants) -> list[Forecast]:
+    """The quickest of these layouts with FP8 products, where the model and device have them."""
+    setups = [each.setup for each in quickest if each.setup.number == "half"]
+    possible = (
+        forecast(replace(setup, precision="fp8", number="fp8"), constants)
+        for setup in setups
+        if "fp8" in setup.device.peaks and setup.architecture.traits.objective == "causal"
+    )
+    return sorted(possible, key=lambda each: each.step.total)[:1]
 
 
 def _with_least_recompute(setup: Setup) -> Setup | None:
@@ -75,6 +87,9 @@ def _rank_layouts(base: Setup, impossible: Counter[str]) -> Iterator[Setup]:
     model = base.architecture
     for tensor in _powers(min(LARGEST_TENSOR, base.device.domain, base.gpus)):
         for context in _powers(min(LARGEST_CONTEXT, base.gpus // tensor)):
+            if base.gpus % (tensor * context):
+                impossible["tensor x context does not divide the GPUs"] += 1
+                continue
             for expert in _experts(base, tensor, context):
                 layout = Layout(tensor=tensor, context=context, expert=expert, sequence=tensor > 1)
                 cause = _misfit(model.layout_problems(layout, base.sequence_length))

@@ -1,6 +1,7 @@
 """Predictions of published results, and how far they are off, by source."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Predicted:
 class Errors:
     """Of one source, or of all: step time, then memory.
 
-    ``rank_correlation`` is Spearman's, of predicted and measured tokens a second a GPU.
+    ``rank_correlation`` is Spearman's, of predicted and measured step times.
     """
 
     source: str
@@ -96,8 +97,6 @@ def validate(table: Path, constants: Constants) -> tuple[list[str], list[Predict
 
 def write_predictions(file: Path, columns: Sequence[str], predicted: Sequence[Predicted]) -> None:
     """The table with ``ADDED`` columns, whole or not at all."""
-    import io
-
     text = io.StringIO()
     names = [*(column for column in columns if column not in ADDED), *ADDED]
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
@@ -127,9 +126,9 @@ def errors_by_source(predicted: Sequence[Predicted]) -> list[Errors]:
 def errors(predicted: Sequence[Predicted], source: str) -> Errors:
     """Of some rows together."""
     timed = [one for one in predicted if one.relative_error is not None]
-    off = [one.relative_error for one in timed if one.relative_error is not None]
+    pairs = [(one.seconds or 0.0, one.row.seconds or 0.0) for one in timed]
+    off = [guess / truth - 1.0 for guess, truth in pairs]
     held = [abs(one.memory_error) for one in predicted if one.memory_error is not None]
-    ran = [one for one in timed if one.row.seconds is not None]
     out = [one for one in predicted if one.row.ran_out and one.seconds is not None]
     return Errors(
         source=source,
@@ -138,20 +137,13 @@ def errors(predicted: Sequence[Predicted], source: str) -> Errors:
         median=quantile([abs(error) for error in off], 0.5),
         ninetieth=quantile([abs(error) for error in off], 0.9),
         bias=quantile(off, 0.5),
-        rank_correlation=spearman([(_speed(one, True), _speed(one, False)) for one in timed]),
+        rank_correlation=spearman(pairs),
         memory_rows=len(held),
         memory_median=quantile(held, 0.5),
-        ran_called_out=sum(one.memory_share > FAR_OUT for one in ran),
+        ran_called_out=sum(one.memory_share > FAR_OUT for one in timed),
         out_of_memory=len(out),
         out_called_fitting=sum(one.verdict == "fits" for one in out),
     )
-
-
-def _speed(one: Predicted, predicted: bool) -> float:
-    """Tokens a second a GPU."""
-    seconds = one.seconds if predicted else one.row.seconds
-    assert seconds is not None and one.row.setup is not None
-    return one.row.setup.tokens / one.row.setup.gpus / seconds
 
 
 def quantile(numbers: Sequence[float], share: float) -> float | None:
