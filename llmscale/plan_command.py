@@ -120,7 +120,8 @@ def _with_best_layouts(recipe: Recipe, plans: dict[str, StagePlan]) -> Recipe:
         ranks.add(best.setup.gpus)
         chosen = layout(best.setup)
         degrees = chosen.keys() & type(stage.parallel).model_fields.keys()
-        parallel = {key: chosen[key] for key in degrees} | {"layers_per_stage": None}
+        layers = best.setup.layers_per_stage
+        parallel = {key: chosen[key] for key in degrees} | {"layers_per_stage": layers}
         stages[name] = stage.model_copy(
             update={
                 "parallel": stage.parallel.model_copy(update=parallel),

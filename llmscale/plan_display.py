@@ -74,7 +74,9 @@ def _degree(value: object) -> str:
     """Empty where nothing is split or done."""
     if value is True:
         return "yes"
-    return "" if value in (1, False, "none") else str(value)
+    if isinstance(value, list):
+        return f"{min(value)} to {max(value)}"
+    return "" if value in (1, False, None, "none") else str(value)
 
 
 def show_reasons(console: Console, reasons: Sequence[Reason], found: Search) -> None:

@@ -117,6 +117,7 @@ def layout(setup: Setup) -> dict[str, Any]:
         "tensor": setup.tensor,
         "pipeline": setup.pipeline,
         "virtual_pipeline": setup.virtual_pipeline,
+        "layers_per_stage": list(setup.layers_per_stage) if setup.layers_per_stage else None,
         "context": setup.context,
         "expert": setup.expert,
         "data": setup.data,

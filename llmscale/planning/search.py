@@ -126,22 +126,33 @@ def _stage_layouts(inner: Setup, impossible: Counter[str]) -> Iterator[Setup]:
         share, over = divmod(inner.global_batch, data * inner.micro_batch)
         if over:
             impossible["micro x data does not divide the global batch"] += 1
-        elif layers % pipeline:
-            impossible[f"pipeline {pipeline} does not divide {layers} layers"] += 1
         elif (ranks * inner.tensor * inner.context // pipeline) % inner.expert:
             impossible["expert does not divide the ranks of a stage"] += 1
         else:
-            for virtual in divisors(layers // pipeline) if pipeline > 1 else [1]:
+            for virtual in _chunks(inner, pipeline):
                 if virtual > 1 and share % pipeline:
                     impossible["micro-batches are no multiple of pipeline, to interleave"] += 1
                     continue
-                yield replace(
+                candidate = replace(
                     inner,
                     pipeline=pipeline,
                     virtual_pipeline=virtual,
                     data=data,
                     sharding="optimizer" if data * inner.context > 1 else "none",
                 )
+                if layers % (pipeline * virtual):
+                    candidate = replace(candidate, layers_per_stage=candidate.stage_layers)
+                yield candidate
+
+
+def _chunks(inner: Setup, pipeline: int) -> list[int]:
+    """Numbers of chunks a stage can hold; of layers that stages cannot share evenly, a few."""
+    layers = inner.architecture.all_layers
+    if pipeline == 1:
+        return [1]
+    if layers % pipeline == 0:
+        return divisors(layers // pipeline)
+    return [] if inner.architecture.decoders else _powers(layers // pipeline)
 
 
 def _powers(most: int) -> list[int]:

@@ -81,7 +81,26 @@ def test_all_found_layouts_fit_and_hold_the_batch() -> None:
 def test_what_is_impossible_is_left_out_with_a_reason() -> None:
     found = search(base(device=DEVICES["A100-40GB"]), CONSTANTS)
     assert found.impossible["needs more than the device's memory"] > 0
-    assert any("does not divide 24 layers" in cause for cause in found.impossible)
+    assert found.impossible["micro x data does not divide the global batch"] > 0
+
+
+def test_layers_that_stages_cannot_share_evenly_are_listed() -> None:
+    """Llama 3 405B has 126 layers, which no power of two above 2 divides."""
+    model = Architecture(
+        family="llama",
+        layers=126,
+        hidden_size=16384,
+        attention_heads=128,
+        key_value_heads=8,
+        ffn_size=53248,
+        sequence_length=8192,
+    )
+    setup = base(architecture=model, device=DEVICES["H100-80GB"], gpus=1024, global_batch=512)
+    best = search(replace(setup, sequence_length=8192), CONSTANTS).best[0].setup
+    assert best.pipeline >= 4
+    assert best.layers_per_stage is not None
+    assert len(best.layers_per_stage) == best.pipeline * best.virtual_pipeline
+    assert sum(best.layers_per_stage) == 126
 
 
 def test_eight_bits_are_offered_where_the_device_has_them() -> None:
