@@ -139,7 +139,10 @@ def _with_best_layouts(recipe: Recipe, plans: dict[str, StagePlan]) -> Recipe:
             "GPUs; use a multiple of it for --gpus"
         )
     cluster = recipe.cluster.model_copy(update={"nodes": nodes})
-    return recipe.model_copy(update={"stages": stages, "cluster": cluster})
+    written = recipe.model_copy(update={"stages": stages, "cluster": cluster})
+    for problem in written.problems():
+        raise RecipeError(f"--write: {'.'.join(problem.path)}: {problem.message}")
+    return written
 
 
 def _writable(stage: TrainedStage, found: Forecast) -> bool:
@@ -184,7 +187,8 @@ def calibrate_by_run(
         )
     device = find_device(gpu) if gpu is not None else device_of(loaded)
     seconds, name = measured_seconds(metrics), calibration or device.name
-    setup = setup_of(loaded, next(iter(stages.values())), device)
+    ranks = loaded.cluster.ranks
+    setup = setup_of(loaded, next(iter(stages.values())), device.shared(ranks))
     before = forecast(setup, load_calibration(name))
     after = forecast(setup, calibrate(name, setup, seconds))
     console.print(

@@ -95,8 +95,8 @@ def _plan_stage(
     gpus: int,
     constants: Constants,
 ) -> StagePlan:
-    setup = setup_of(recipe, stage, device)
-    why_not = _misfit(setup, gpus)
+    setup = setup_of(recipe, stage, device.shared(gpus))
+    why_not = _misfit(stage, gpus)
     found = Search()
     if stage.engine == "megatron" and device.generation != "cpu":
         found = search(replace(setup, gpus=gpus), constants)
@@ -110,29 +110,31 @@ def _plan_stage(
     )
 
 
-def _misfit(setup: Setup, gpus: int) -> str:
+def _misfit(stage: TrainedStage, gpus: int) -> str:
     """Why a recipe's layout cannot run on so many GPUs; empty if it can."""
-    model_ranks = setup.tensor * setup.pipeline * setup.context
-    if gpus % model_ranks:
+    layout = stage.parallel
+    if gpus % layout.model_ranks:
         return (
-            f"{model_ranks} ranks hold a model and do not divide {gpus} GPUs; "
-            f"use --gpus {nearest_multiples(gpus, model_ranks)}"
+            f"{layout.model_ranks} ranks hold a model and do not divide {gpus} GPUs; "
+            f"use --gpus {nearest_multiples(gpus, layout.model_ranks)}"
         )
-    data = gpus // model_ranks
-    if setup.global_batch % (data * setup.micro_batch):
-        return (
-            f"micro {setup.micro_batch} x data {data} does not divide the global batch "
-            f"{setup.global_batch}"
-        )
-    return ""
+    misfits = stage.batch.problems(
+        data_ranks=gpus // layout.model_ranks,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+    )
+    return next((f"batch.{problem.path[0]}: {problem.message}" for problem in misfits), "")
 
 
 def setup_of(recipe: Recipe, stage: TrainedStage, device: Device) -> Setup:
     """A stage's training as its recipe has it.
 
     What llmscale does on CUDA is in docs/gpu.md: gradients summed in fp32 and reduced beside
-    the backward pass, weights gathered after it, fused attention, no overlap of
-    tensor-parallel messages.
+    the backward pass, weights gathered after it, fused attention, tensor-parallel messages
+    beside the gradients of weights alone.
+
+    Args:
+        device: of one rank.
     """
     architecture = _architecture(recipe, stage)
     layout, ranks = stage.parallel, recipe.cluster.ranks
@@ -142,7 +144,7 @@ def setup_of(recipe: Recipe, stage: TrainedStage, device: Device) -> Setup:
         architecture=architecture,
         vocabulary=vocabulary_of(stage, recipe.stages),
         sequence_length=length,
-        device=device.shared(ranks),
+        device=device,
         gpus=ranks,
         global_batch=stage.batch.global_,
         micro_batch=stage.batch.micro,

@@ -27,7 +27,7 @@ class Device:
 
     Attributes:
         peaks: dense FLOP/s of matrix products by what they multiply, at the boost clock.
-        plain_peak: FLOP/s in fp32 without tensor cores.
+        plain_peak: FLOP/s in fp32 without tensor cores, as PyTorch multiplies fp32.
         processors: streaming multiprocessors, over which a product's tiles are dealt.
         memory_bytes: what the driver reports as total.
         memory_bandwidth: bytes a second.
@@ -94,7 +94,7 @@ NETWORK = POD_NETWORK + "800 Gb/s (B300)"
 _V100 = Device(
     name="V100-32GB",
     generation="volta",
-    peaks={"fp32": 15.7 * TERA, "half": 125 * TERA},
+    peaks={"half": 125 * TERA},
     plain_peak=15.7 * TERA,
     processors=80,
     memory_bytes=31.7 * GIBIBYTE,
@@ -108,7 +108,7 @@ _V100 = Device(
 _A100 = Device(
     name="A100-80GB",
     generation="ampere",
-    peaks={"fp32": 156 * TERA, "half": 312 * TERA},
+    peaks={"half": 312 * TERA},
     plain_peak=19.5 * TERA,
     processors=108,
     memory_bytes=79.3 * GIBIBYTE,
@@ -122,7 +122,7 @@ _A100 = Device(
 _H100 = Device(
     name="H100-80GB",
     generation="hopper",
-    peaks={"fp32": 494 * TERA, "half": 989 * TERA, "fp8": 1979 * TERA},
+    peaks={"half": 989 * TERA, "fp8": 1979 * TERA},
     plain_peak=67 * TERA,
     processors=132,
     memory_bytes=79.6 * GIBIBYTE,
@@ -136,7 +136,7 @@ _H100 = Device(
 _B200 = Device(
     name="B200",
     generation="blackwell",
-    peaks={"fp32": 1125 * TERA, "half": 2250 * TERA, "fp8": 4500 * TERA, "fp4": 9000 * TERA},
+    peaks={"half": 2250 * TERA, "fp8": 4500 * TERA, "fp4": 9000 * TERA},
     plain_peak=75 * TERA,
     processors=148,
     memory_bytes=179.1 * GIBIBYTE,
@@ -150,7 +150,7 @@ _B200 = Device(
 _GB200 = replace(
     _B200,
     name="GB200",
-    peaks={"fp32": 1250 * TERA, "half": 2500 * TERA, "fp8": 5000 * TERA, "fp4": 10000 * TERA},
+    peaks={"half": 2500 * TERA, "fp8": 5000 * TERA, "fp4": 10000 * TERA},
     plain_peak=80 * TERA,
     memory_bytes=185.0 * GIBIBYTE,
     memory_bandwidth=8000 * GIGA,
@@ -173,7 +173,7 @@ DEVICES: dict[str, Device] = {
         replace(
             _H100,
             name="H100-PCIe",
-            peaks={"fp32": 378 * TERA, "half": 756 * TERA, "fp8": 1513 * TERA},
+            peaks={"half": 756 * TERA, "fp8": 1513 * TERA},
             plain_peak=51 * TERA,
             processors=114,
             memory_bandwidth=2000 * GIGA,

@@ -109,9 +109,9 @@ class Machine:
         backward, in 16 bits, and the products run over both halves of a causal mask.
         """
         flops = 4.0 * pairs * heads * head
+        rate = self.rate("fp32" if number == "fp32" else "half")
         if kernels == "unfused":
             scores = pairs * heads
-            rate = self.rate("fp32" if number == "fp32" else "half")
             if head % 8:
                 rate = self.device.plain_peak
             speed = self.device.memory_bandwidth * self.constants.memory
@@ -119,7 +119,7 @@ class Machine:
             products = flops / rate * (1.0 + UNFUSED_DEPTH / head) ** 0.5
             forward = products + 13.0 * scores / speed + 5 * seconds
             return forward, 2 * products + 17.0 * scores / speed + 8 * seconds
-        rate = self.rate("half") * self.attention_fraction(kernels)
+        rate *= self.attention_fraction(kernels)
         if head < 128:
             rate *= (head / 128) ** 0.5
         forward = flops / rate + self.call_seconds
