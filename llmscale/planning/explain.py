@@ -5,9 +5,11 @@ from typing import NamedTuple
 from llmscale.planning.constants import PLAUSIBLE, Constants
 from llmscale.planning.forecast import Forecast, recomputed_share
 from llmscale.planning.hardware import GIBIBYTE
+from llmscale.planning.memory import model_state
 from llmscale.planning.parameters import stage_parameters
 from llmscale.planning.setup import Setup
 
+STATE = ("weights", "gradients", "optimizer")
 KORTHIKANTI = "Korthikanti et al. 2022, arXiv:2205.05198"
 NARAYANAN = "Narayanan et al. 2021, arXiv:2104.04473"
 
@@ -30,12 +32,14 @@ def explain(found: Forecast, constants: Constants) -> list[Reason]:
 def _of_memory(found: Forecast) -> list[Reason]:
     setup, need = found.setup, found.memory
     held = max(stage_parameters(setup), key=lambda stage: stage.total)
-    copies = setup.data * setup.context if setup.sharding != "none" else 1
+    own = held.layers + held.experts
+    sizes = dict(zip(STATE, model_state(setup, held.layers, held.experts), strict=True))
     each = {
-        "weights": f"{setup.weight_bytes} bytes x parameters of the stage's layers on a rank "
-        f"({held.layers + held.experts:,.0f})",
-        "gradients": f"{setup.gradient_bytes:g} bytes a parameter",
-        "optimizer": f"{setup.optimizer_bytes:g} bytes a parameter / {copies} ranks that share it",
+        **{
+            name: f"{size / own:.3g} bytes x parameters of the stage's layers on a rank "
+            f"({own:,.0f}), {setup.sharding} shared by {setup.data * setup.context} ranks"
+            for name, size in sizes.items()
+        },
         "vocabulary": f"the same three of embedding and output layer ({held.tables:,.0f} "
         "parameters)",
         "activations": f"layers x sbh (norms, linear inputs) / {_whole_share(setup)} + (queries, "
