@@ -6,7 +6,7 @@ from llmscale.planning.constants import PLAUSIBLE, Constants
 from llmscale.planning.forecast import Forecast, recomputed_share
 from llmscale.planning.hardware import GIBIBYTE
 from llmscale.planning.memory import model_state
-from llmscale.planning.parameters import stage_parameters
+from llmscale.planning.parameters import most_parameters
 from llmscale.planning.setup import Setup
 
 STATE = ("weights", "gradients", "optimizer")
@@ -31,7 +31,7 @@ def explain(found: Forecast, constants: Constants) -> list[Reason]:
 
 def _of_memory(found: Forecast) -> list[Reason]:
     setup, need = found.setup, found.memory
-    held = max(stage_parameters(setup), key=lambda stage: stage.total)
+    held = most_parameters(setup)
     own = held.layers + held.experts
     sizes = dict(zip(STATE, model_state(setup, held.layers, held.experts), strict=True))
     each = {

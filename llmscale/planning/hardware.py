@@ -9,9 +9,9 @@ from typing import Literal
 from llmscale.errors import RecipeError
 from llmscale.settings import choices, shown
 
-CPU_CALL_SECONDS = 15e-6
+CPU_CALL_SECONDS = 25e-6
 """Of one operation of PyTorch on one core, with its part of autograd."""
-CPU_MESSAGE_SECONDS = 3e-4
+CPU_MESSAGE_SECONDS = 5e-4
 """Of one message between gloo ranks of a machine."""
 
 Generation = Literal["cpu", "volta", "ampere", "hopper", "blackwell"]

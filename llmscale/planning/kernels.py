@@ -13,7 +13,7 @@ ALIGNED = 64
 NVIDIA's Matrix Multiplication Background guide, section 3.1 (A100)."""
 UNFUSED_DEPTH = 200.0
 """Products over a head's width reach ``1 / sqrt(1 + this / width)`` of the rate of large ones."""
-CPU_PRODUCTS = 0.5
+CPU_PRODUCTS = 0.45
 """Rate of a small model's products on one thread a rank, beside a large one on all cores."""
 ROW_SCALED_PRODUCTS = 0.60
 """Rate of products with a factor for each row, beside one for each tensor: CUTLASS's kernels

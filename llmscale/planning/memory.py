@@ -10,7 +10,7 @@ from typing import Literal
 
 from llmscale.planning.hardware import GIBIBYTE, Device
 from llmscale.planning.layer_time import IMBALANCE
-from llmscale.planning.parameters import StageParameters, stage_parameters
+from llmscale.planning.parameters import StageParameters, rank_parameters, telling_stages
 from llmscale.planning.setup import Setup
 
 CONTEXT_BYTES = 1.5 * GIBIBYTE
@@ -63,18 +63,16 @@ def verdict(need: Memory, device: Device) -> Verdict:
 
 
 def memory(setup: Setup) -> Memory:
-    """What the fullest stage of a pipeline needs: the first, the second or the last.
+    """What the fullest stage of a pipeline needs.
 
-    The first has the most micro-batches under way, the last the logits, and the second may
-    have a layer more than the first.
+    The first has the most micro-batches under way, the last the logits.
     """
-    stages = stage_parameters(setup)
-    candidates = {0, min(1, setup.pipeline - 1), setup.pipeline - 1}
-    needs = (_stage_memory(setup, at, stages[at]) for at in candidates)
+    needs = (_stage_memory(setup, stage) for stage in telling_stages(setup))
     return max(needs, key=lambda need: need.total)
 
 
-def _stage_memory(setup: Setup, stage: int, held: StageParameters) -> Memory:
+def _stage_memory(setup: Setup, stage: int) -> Memory:
+    held = rank_parameters(setup, stage)
     layers = model_state(setup, held.layers, held.experts)
     activations = stage_activations(setup, stage)
     logits = logit_bytes(setup) if stage == setup.pipeline - 1 else 0.0

@@ -17,7 +17,7 @@ from llmscale.settings import divisors
 
 OUTSIDE_THE_PIPELINE = re.compile(r"\blora\b", re.IGNORECASE)
 DEFAULT_VOCABULARY = 51200
-MOST_STAGES = 1024
+MOST_STAGES, MOST_LAYERS = 128, 1024
 JEAN_ZAY_NETWORK = 4 * 100e9 / 8 / 8
 """Bytes a second of a GPU: four 100 Gb/s ports of Omni-Path a node of 8 A100 (BLOOM's
 tr11-176B-ml/README.md, "Hardware")."""
@@ -138,8 +138,8 @@ def _architecture(
     layers = positive(cells, "layers")
     if layers is None and printed is None:
         raise Unpredictable("layers, params_b: empty")
-    if max(layers or 0, heads, pipeline) > MOST_STAGES:
-        raise Unpredictable(f"layers, heads, pp: above {MOST_STAGES:,}")
+    if max(layers or 0, heads) > MOST_LAYERS:
+        raise Unpredictable(f"layers, heads: above {MOST_LAYERS:,}")
     found = []
     for family in ("gpt2", "llama"):
         count = layers
@@ -168,7 +168,10 @@ def _layers_of(
     two = Architecture(family=family, layers=2, **shape)
     layer = two.parameters(vocabulary) - one.parameters(vocabulary)
     outer = one.parameters(vocabulary) - layer
-    return max(1, round((parameters - outer) / layer / pipeline)) * pipeline
+    count = max(1, round((parameters - outer) / layer / pipeline)) * pipeline
+    if count > MOST_LAYERS:
+        raise Unpredictable(f"params_b: would be {count:,} layers")
+    return count
 
 
 def _precision(cells: Mapping[str, str]) -> tuple[Number, str]:

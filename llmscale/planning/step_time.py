@@ -8,7 +8,7 @@ from llmscale.planning.constants import Constants
 from llmscale.planning.kernels import Machine
 from llmscale.planning.layer_time import PassTime, embedding_time, layer_time, vocabulary_time
 from llmscale.planning.messages import LayerMessages, layer_messages
-from llmscale.planning.parameters import StageParameters, stage_parameters
+from llmscale.planning.parameters import StageParameters, most_parameters
 from llmscale.planning.schedule import Chunk, busiest, pipeline_estimate, pipeline_seconds
 from llmscale.planning.setup import Setup
 
@@ -109,7 +109,7 @@ def step_time(
     whole = schedule(chunks, p, m, send)
     busy = max(range(p), key=lambda stage: sum(c.forward + c.backward for c in chunks[stage::p]))
     own, layers = works[busy::p], sum(setup.stage_layers[busy::p])
-    held = max(stage_parameters(setup), key=lambda each: each.total)
+    held = most_parameters(setup)
     parts = {
         "compute": m * sum(work.forward + work.backward for work in own),
         "recompute": m * sum(work.recompute for work in own),
