@@ -44,6 +44,8 @@ def pipeline_seconds(
     if stages == 1:
         return micro_batches * sum(chunk.forward + chunk.backward for chunk in chunks)
     simulated = min(micro_batches, STEADY_ROUNDS * stages)
+    if virtual > 1:  # in whole rounds, without which stages would wait for each other for ever
+        simulated = -(-simulated // stages) * stages
     blocking = send_seconds if virtual == 1 else 0.0
     ends = {
         forward: [[UNKNOWN] * simulated for _ in chunks] for forward in (True, False)
@@ -51,6 +53,7 @@ def pipeline_seconds(
     orders = [list(stage_order(stage, stages, virtual, simulated)) for stage in range(stages)]
     clock = [0.0] * stages
     while any(orders):
+        before = sum(map(len, orders))
         for stage, order in enumerate(orders):
             done = 0
             for event in order:
@@ -64,7 +67,9 @@ def pipeline_seconds(
                 clock[stage] = end + blocking
                 done += 1
             del order[:done]
-    return max(clock) + (micro_batches - simulated) * busiest(chunks, stages, blocking)
+        assert sum(map(len, orders)) < before, "the schedule's order cannot be kept"
+    left = max(0, micro_batches - simulated)
+    return max(clock) + left * busiest(chunks, stages, blocking)
 
 
 def pipeline_estimate(
