@@ -84,6 +84,60 @@ def show(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
+def plan(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file.")
+    ] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="Such as h100; or cpu, measured now.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's ranks.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Each number's formula and source.")] = False,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the recipe with the best layout that fits here.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Refine the constants by a run's metrics.jsonl.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="The name of refined constants. Default: the GPU's.")
+    ] = None,
+    validate: Annotated[
+        Path | None, typer.Option(help="Predict each row of a table of published results.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The table with predictions, as CSV.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict a recipe's memory, step time and MFU, and search for better layouts."""
+    from llmscale import plan_command as command
+
+    console, wanted = _console(as_json), overrides or []
+    if validate is not None:
+        _answer(as_json, command.validate_table(validate, out, console))
+    elif calibrate is not None:
+        file = command.required(recipe)
+        _answer(
+            as_json,
+            command.calibrate_by_run(
+                file, wanted, calibrate, gpu=gpu, calibration=calibration, console=console
+            ),
+        )
+    else:
+        answer = command.plan(
+            command.required(recipe),
+            wanted,
+            gpu=gpu,
+            gpus=gpus,
+            price=price,
+            why=why,
+            write=write,
+            calibration=calibration,
+            console=console,
+        )
+        _answer(as_json, answer)
+
+
+@app.command()
 def verify(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -129,6 +129,8 @@ def launch(
     else:
         request = read()
     request.pipeline().tasks(stages)  # refuses stages and tasks that there are not
+    if request.recipe.cluster.on != "local":
+        _warn_of_memory(request.recipe)
     if address is not None:
         _require_dashboard(address, request.recipe.cluster.on)
     elif (known := os.environ.get("RAY_ADDRESS", "")).startswith(DASHBOARD):
@@ -173,6 +175,14 @@ def _run_folder(place: str, recipe: Recipe) -> RunFolder:
     folder = RunFolder(opened(url))
     folder.pull(*(f"{name}/{MANIFEST}" for name in recipe.order()), "ray/job.json", "history.jsonl")
     return folder
+
+
+def _warn_of_memory(recipe: Recipe) -> None:
+    """Says where a layout will not fit, on standard error; the plan may be wrong, so it runs."""
+    from llmscale.plans import memory_warnings
+
+    for line in memory_warnings(recipe):
+        Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def _require_dashboard(address: str, on: str) -> None:

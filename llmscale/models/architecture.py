@@ -180,8 +180,8 @@ class Architecture(Settings):
         """The number of parameters, in closed form, without padding."""
         hidden = self.hidden_size
         norm = hidden * (2 if self.traits.norm == "LayerNorm" else 1)
-        layer = self._attention_parameters() + self._mlp_parameters() + 2 * norm
-        cross = self.decoders * (self._attention_parameters() + norm)
+        layer = self.attention_parameters() + self.mlp_parameters() + 2 * norm
+        cross = self.decoders * (self.attention_parameters() + norm)
         tables = vocabulary * hidden * (1 if self.tied else 2)
         outer = {"learned": self.sequence_length * hidden, "rotary": 0}.get(
             self.traits.positions, 2 * self.relative_buckets * self.attention_heads
@@ -192,14 +192,16 @@ class Architecture(Settings):
             outer += TOKEN_TYPES * hidden + norm
         return self.all_layers * layer + cross + tables + outer + final
 
-    def _attention_parameters(self) -> int:
+    def attention_parameters(self) -> int:
+        """Of one attention, self or cross, without its norm."""
         queries, keys = self.attention_heads * self.head, self.groups * self.head
         inputs = queries + 2 * keys
         weights = self.hidden_size * (inputs + queries)
         biases = inputs * self.query_bias + self.hidden_size * self.biased
         return weights + biases + 2 * self.head * self.traits.query_key_norm
 
-    def _mlp_parameters(self) -> int:
+    def mlp_parameters(self) -> int:
+        """Of one feed-forward layer, all its experts together, without its norm."""
         hidden, inputs = self.hidden_size, 2 if self.gated_ffn else 1
         one = (inputs + 1) * hidden * self.ffn + (inputs * self.ffn + hidden) * self.biased
         return self.experts * (one + hidden) if self.experts else one

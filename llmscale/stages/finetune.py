@@ -13,7 +13,7 @@ from llmscale.data.records import OnMalformed
 from llmscale.data.templates import TEMPLATES
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
-from llmscale.models.huggingface_config import read_architecture
+from llmscale.models.huggingface_config import read_architecture, read_vocabulary
 from llmscale.settings import Name, Problem, Settings, under
 from llmscale.stages.base import (
     MODEL_FILES,
@@ -26,6 +26,7 @@ from llmscale.stages.base import (
     matching_files,
 )
 from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.tokenizer import Tokenizer
 from llmscale.stages.trained import TrainedStage
 from llmscale.training.settings import Adapter
 
@@ -226,3 +227,27 @@ def architecture_of(model: str, stages: Mapping[str, Stage]) -> Architecture:
 
 def _at_most(length: int) -> str:
     return f"use at most {length}" if length > 0 else "lower adapter.virtual_tokens"
+
+
+def vocabulary_of(stage: Stage, stages: Mapping[str, Stage]) -> int:
+    """Tokens that the model of a training stage knows.
+
+    Raises:
+        RecipeError: if a folder's ``config.json`` or tokenizer does not say.
+    """
+    if isinstance(stage, Finetune):
+        start = stages.get(stage.start_from)
+        return (
+            read_vocabulary(Path(stage.start_from))
+            if start is None
+            else vocabulary_of(start, stages)
+        )
+    assert isinstance(stage, Pretrain)
+    if stage.start_from is not None:
+        return read_vocabulary(Path(stage.start_from))
+    tokenizer = stages.get(stage.tokenizer)
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.vocabulary_size
+    from llmscale.data.tokenizer import load_tokenizer
+
+    return len(load_tokenizer(Path(stage.tokenizer)))

@@ -8,9 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from llmscale.errors import Disagreement, RecipeError, StageError
-from llmscale.recipe.recipe import Recipe, load_recipe
-from llmscale.stages.pretrain import Pretrain
-from llmscale.stages.tokenizer import Tokenizer
+from llmscale.recipe.recipe import load_recipe
+from llmscale.stages.finetune import vocabulary_of
 from llmscale.verify.proof import Proof
 from llmscale.verify.prove import prove_recipe, training_stages
 from llmscale.verify.table import layout_in_words, plain, plain_exact, show_exact, show_proven
@@ -61,7 +60,7 @@ def verify_exact_rank(
 
     answers = {}
     for name, stage in stages.items():
-        exact = exact_rank(stage, _vocabulary(loaded, stage), rank, loaded.cluster.ranks)
+        exact = exact_rank(stage, vocabulary_of(stage, loaded.stages), rank, loaded.cluster.ranks)
         show_exact(console, exact)
         if exact.total_parameters != exact.expected_parameters:
             raise StageError(
@@ -70,15 +69,3 @@ def verify_exact_rank(
             )
         answers[name] = plain_exact(exact)
     return answers
-
-
-def _vocabulary(recipe: Recipe, stage: Pretrain) -> int:
-    from llmscale.data.tokenizer import load_tokenizer
-    from llmscale.models.huggingface_config import read_vocabulary
-
-    if stage.start_from is not None:
-        return read_vocabulary(Path(stage.start_from))
-    tokenizer = recipe.stages.get(stage.tokenizer)
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer.vocabulary_size
-    return len(load_tokenizer(Path(stage.tokenizer)))

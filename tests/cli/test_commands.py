@@ -19,7 +19,13 @@ def llmscale(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["show", QUICKSTART], ["run", QUICKSTART, "--dry-run"]]
+    "arguments",
+    [
+        ["--help"],
+        ["show", QUICKSTART],
+        ["plan", QUICKSTART, "--gpu", "h100"],
+        ["run", QUICKSTART, "--dry-run"],
+    ],
 )
 def test_the_light_commands_never_import_torch(arguments: list, tmp_path: Path) -> None:
     program = (
