@@ -14,6 +14,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked = False
+        self.granted = False
+        """Whether all ranks have agreed to stop."""
 
     def ask(self, _signal: int, _frame: FrameType | None) -> None:
         """A signal handler."""
@@ -23,12 +25,17 @@ class StopRequest:
         """Whether any rank was asked; collective, so that all stop after the same step."""
         asked = torch.tensor([float(self._asked)], device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        self.granted = bool(asked.item())
+        return self.granted
 
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Handles the stop signals for as long as the context lasts."""
+    """Handles the stop signals for as long as the context lasts.
+
+    After it, a rank that stops is deaf to them: who asks again must not end it before it has
+    said that it stopped.
+    """
     request = StopRequest()
     signals = (signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, request.ask) for number in signals}
@@ -36,4 +43,4 @@ def listening() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if request.granted else handler)
