@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +14,19 @@ from llmscale.planning.validate import Errors
 from llmscale.plans import StagePlan
 
 MOST_CAUSES = 12
+ERROR_COLUMNS = (
+    "source",
+    "rows",
+    "used",
+    "median",
+    "90 %",
+    "bias",
+    "rank",
+    "memory rows",
+    "median",
+    "ran, called out",
+    "out, called fits",
+)
 
 
 def show_plan(console: Console, stage: StagePlan, price: float | None) -> None:
@@ -93,25 +107,15 @@ def show_reasons(console: Console, reasons: Sequence[Reason], found: Search) -> 
 
 
 def show_errors(console: Console, found: Sequence[Errors]) -> None:
-    """Prints a line a source."""
-    table = Table(
-        "source",
-        "rows",
-        "compared",
-        "median",
-        "90 %",
-        "bias",
-        "rank",
-        "memory rows",
-        "median",
-        "ran, called out",
-        "out, called fitting",
-        title="relative error of predicted step time, and of memory",
-        title_justify="left",
-    )
-    for each in found:
+    """Prints a line a source, and below what the sources are."""
+    title = "relative error of predicted step time, and of memory"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for heading in ERROR_COLUMNS:
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    numbers = [str(number) for number in range(1, len(found))] + ["all"]
+    for number, each in zip(numbers, found, strict=True):
         table.add_row(
-            each.source,
+            number,
             str(each.rows),
             str(each.compared),
             _share(each.median),
@@ -124,6 +128,8 @@ def show_errors(console: Console, found: Sequence[Errors]) -> None:
             f"{each.out_called_fitting} of {each.out_of_memory}" if each.out_of_memory else "",
         )
     console.print(table)
+    for number, each in zip(numbers[:-1], found, strict=False):
+        console.print(f"{number:>3}  {each.source}", markup=False)
 
 
 def _share(number: float | None, signed: bool = False) -> str:
