@@ -255,6 +255,41 @@ def generate(
 
 
 @app.command()
+def rank(
+    model: Model,
+    prompts: Annotated[Path, typer.Option(help="A prompt a line, or records with one each.")],
+    reward: Annotated[list[str], typer.Option(help="A model that scores; again for an ensemble.")],
+    best_of: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="How long, in tokens.")] = 100,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(help="Sample within this probability.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 1234,
+    out: Annotated[Path | None, typer.Option(help="A file of rankings to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Let a model answer prompts several times, and rank the answers by a reward model."""
+    from llmscale import ranking
+
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+    }
+    ranked = ranking.rank(model, prompts, reward, best_of, settings, seed, out)
+    lines = [
+        f"{one['prompt']}\n"
+        + "\n".join(
+            f"  {score:8.3f}  {' '.join(text.split())}"
+            for text, score in zip(one["responses"], one["scores"], strict=True)
+        )
+        for one in ranked
+    ]
+    _answer(as_json, {"prompts": ranked}, "\n".join(lines))
+
+
+@app.command()
 def evaluate(
     model: Model,
     text: Annotated[list[Path], typer.Option(help="A text file; can be given again.")],

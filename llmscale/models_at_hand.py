@@ -10,11 +10,10 @@ from pydantic import ValidationError
 from llmscale import runs
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
-from llmscale.evaluation.generation import Generation, answer_or_continuation
+from llmscale.evaluation.generation import Generation, answers_or_continuations
 from llmscale.recipe.explain import explain
 from llmscale.recipe.recipe import read_resolved
-from llmscale.stages.finetune import Finetune
-from llmscale.stages.pretrain import FIRST_WEIGHTS, Pretrain
+from llmscale.stages.pretrain import FIRST_WEIGHTS
 from llmscale.stages.trained import TrainedStage
 
 
@@ -29,15 +28,25 @@ def generate_text(
     Raises:
         RecipeError: if the model or a setting is wrong.
     """
-    try:
-        generation = Generation(**settings)
-    except ValidationError as error:
-        path, message = explain(error, Generation)
-        raise RecipeError(f"--{'-'.join(path).replace('_', '-')}: {message}") from None
+    generation = generation_settings(settings)
     folder = runs.model_folder(model)
     from llmscale.evaluation.models import load_model
 
-    return answer_or_continuation(*load_model(folder), prompt, generation, seed, raw)
+    texts, answered = answers_or_continuations(*load_model(folder), prompt, generation, seed, raw)
+    return texts[0], answered
+
+
+def generation_settings(options: Mapping[str, Any]) -> Generation:
+    """How to generate, as the command's options say it.
+
+    Raises:
+        RecipeError: names the option that is wrong.
+    """
+    try:
+        return Generation(**options)
+    except ValidationError as error:
+        path, message = explain(error, Generation)
+        raise RecipeError(f"--{'-'.join(path).replace('_', '-')}: {message}") from None
 
 
 def perplexity(
@@ -116,18 +125,11 @@ def export(run_stage: str, target: Path) -> dict[str, Any]:
     folder.pull(f"{name}/{stage.about}", f"{name}/{FIRST_WEIGHTS}")
     import llmscale.quiet  # noqa: F401
     from llmscale.rank import input_folders
-    from llmscale.stages.examples import fine_tuned
-    from llmscale.stages.tokens import first_folder, pretrained
     from llmscale.stages.train_rank import export_at_one_rank
+    from llmscale.stages.trained_models import trained_model
 
     own, inputs = folder.stage(name), input_folders(recipe, stage, folder)
-    if isinstance(stage, Finetune):
-        start_from: Path | None = inputs["start_from"]
-        trained = fine_tuned(stage, own, inputs["start_from"])
-    else:
-        assert isinstance(stage, Pretrain), "there is no third kind that trains"
-        start_from = first_folder(stage, own)
-        trained = pretrained(stage, own, inputs["tokenizer"])
+    trained, start_from = trained_model(stage, own, inputs)
     with tempfile.TemporaryDirectory() as meeting:
         step = export_at_one_rank(
             stage,

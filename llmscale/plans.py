@@ -15,9 +15,10 @@ from llmscale.planning.search import Search, search
 from llmscale.planning.setup import Kernels, Setup, Sharding
 from llmscale.recipe.recipe import Recipe
 from llmscale.settings import choices, nearest_multiples
-from llmscale.stages.finetune import Finetune, architecture_of, vocabulary_of
+from llmscale.stages.finetune import Finetune
 from llmscale.stages.pretrain import Pretrain
 from llmscale.stages.trained import TrainedStage
+from llmscale.stages.tuned import vocabulary_of
 
 CHIPS = ("GB300", "GB200", "B300", "B200", "H200", *DEFAULT_SIZES)
 """As clusters, features and recipes name GPUs."""
@@ -182,7 +183,7 @@ def _architecture(recipe: Recipe, stage: TrainedStage) -> Architecture:
     if isinstance(stage, Pretrain):
         return stage.architecture()
     assert isinstance(stage, Finetune)
-    return architecture_of(stage.start_from, recipe.stages)
+    return stage.architecture(recipe.stages)
 
 
 def _sharding(stage: TrainedStage) -> Sharding:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 ASSISTANT = ROOT / "recipes" / "assistant.yaml"
 """Needs a model that is imported first."""
-PRETRAINING = [file for file in sorted((ROOT / "recipes").glob("*.yaml")) if file != ASSISTANT]
+REWARD = ROOT / "recipes" / "reward.yaml"
+PRETRAINING = sorted({*(ROOT / "recipes").glob("*.yaml")} - {ASSISTANT, REWARD})
 """The shipped recipes that pretrain a model."""
 
 

@@ -6,12 +6,16 @@ so that starting eight of them takes about a second.
 
 import json
 import math
+import os
+import re
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmscale.artifacts import RunFolder, write_json
+from llmscale.artifacts import RunFolder, StageFolder, write_json
 from llmscale.clusters.base import Job, Task
 from llmscale.clusters.local import LocalCluster
 from llmscale.clusters.process import Entry
@@ -35,6 +39,15 @@ def answer(job: Job, rank: int, value: Any) -> None:
     """What the test gets back."""
     if rank == 0:
         write_json(job.run_folder / "answer.json", value)
+
+
+def kill_a_rank_after(stage: StageFolder, step: int) -> None:
+    """Kills rank 0 of a training stage once it has logged so many steps."""
+    while sum("loss" in line for line in stage.metrics()) < step:
+        time.sleep(0.02)
+    said = stage.log_file(0).read_text()
+    rank = int(re.findall(r"train: rank 0 of \d+, process (\d+)", said)[-1])
+    os.kill(rank, signal.SIGKILL)
 
 
 @contextmanager

@@ -29,7 +29,9 @@ class Example:
         return len(self.tokens_n)
 
 
-def encoded_conversation(conversation: Conversation, tokenizer: Any, template: str) -> Example:
+def encoded_conversation(
+    conversation: Conversation, tokenizer: Any, template: str, last_alone: bool = False
+) -> Example:
     """A conversation as the template writes it; what assistants say in it is learned.
 
     An answer reaches from where generation would start to what the template puts behind it.
@@ -38,6 +40,7 @@ def encoded_conversation(conversation: Conversation, tokenizer: Any, template: s
     Args:
         tokenizer: a fast one of transformers, for its offsets.
         template: in Jinja.
+        last_alone: whether only the last answer is learned.
 
     Raises:
         Malformed: if the template changes earlier turns when later ones come, or refuses them.
@@ -46,10 +49,17 @@ def encoded_conversation(conversation: Conversation, tokenizer: Any, template: s
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts_n = np.array([start for start, _ in coded["offset_mapping"]], dtype=np.int64)
     learned_n = np.zeros(len(starts_n), dtype=bool)
-    for first, end in answers:
+    for first, end in answers[-1:] if last_alone else answers:
         learned_n |= (starts_n >= first) & (starts_n < end)
     learned_n[:1] = False
     return Example(np.array(coded["input_ids"], dtype=np.int32), learned_n)
+
+
+def encoded_text(text: str, tokenizer: Any) -> Example:
+    """A text without a prompt, to its end; all of it but the first token is learned."""
+    tokens = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    tokens_n = np.array([*tokens, tokenizer.eos_token_id], dtype=np.int32)
+    return Example(tokens_n, np.arange(len(tokens_n)) > 0)
 
 
 def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> str:

@@ -1,6 +1,7 @@
 """Instruction data in its usual forms, all read as conversations."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,13 +20,13 @@ Conversation = tuple[Turn, ...]
 FormOfRecord = TypeVar("FormOfRecord", bound=BaseModel)
 
 
-class _Form(BaseModel):
+class Form(BaseModel):
     """A form of record; keys it does not name are left alone."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _Alpaca(_Form):
+class _Alpaca(Form):
     instruction: str
     input: str = ""
     output: str
@@ -35,19 +36,26 @@ class _Alpaca(_Form):
         return Turn("user", asked), Turn("assistant", self.output)
 
 
-class _Message(_Form):
+class Message(Form):
+    """One turn as a record has it."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class _Chat(_Form):
-    messages: list[_Message]
+def turns_of(messages: Iterable[Message]) -> Conversation:
+    """Messages as turns."""
+    return tuple(Turn(message.role, message.content) for message in messages)
+
+
+class _Chat(Form):
+    messages: list[Message]
 
     def turns(self) -> Conversation:
-        return tuple(Turn(message.role, message.content) for message in self.messages)
+        return turns_of(self.messages)
 
 
-class _PromptAndResponse(_Form):
+class _PromptAndResponse(Form):
     prompt: str
     response: str
 
@@ -74,6 +82,16 @@ def conversation(record: dict[str, Any]) -> Conversation:
     if known is None:
         raise Malformed("missing field", f"none of {', '.join(FORMS)}")
     turns = read_form(known, record).turns()
+    require_answers(turns)
+    return turns
+
+
+def require_answers(turns: Conversation) -> None:
+    """Sees to it that somebody asks and somebody answers.
+
+    Raises:
+        Malformed: if nobody does, or an answer is empty.
+    """
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         raise Malformed("no assistant turn")
@@ -81,9 +99,18 @@ def conversation(record: dict[str, Any]) -> Conversation:
         raise Malformed("empty answer")
     if turns[0].role == "assistant":
         raise Malformed("nobody asks", "the first turn is the assistant's")
-    if any(LONE_SURROGATE.search(turn.content) for turn in turns):
+    for turn in turns:
+        require_whole_characters(turn.content)
+
+
+def require_whole_characters(text: str) -> None:
+    """Sees to it that a text can be encoded.
+
+    Raises:
+        Malformed: if it holds half a character.
+    """
+    if LONE_SURROGATE.search(text):
         raise Malformed("half a character", "a lone surrogate, which is no text")
-    return turns
 
 
 def read_form(form: type[FormOfRecord], record: dict[str, Any]) -> FormOfRecord:

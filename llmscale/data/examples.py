@@ -18,12 +18,16 @@ from llmscale.data.packing import packed
 
 def write_examples(examples: Sequence[Example], file: Path) -> None:
     """Writes examples so that ``Examples`` reads them back."""
-    columns = {
+    save_file(columns_of(examples), file)
+
+
+def columns_of(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Examples as they are stored."""
+    return {
         "tokens": _joined((example.tokens_n for example in examples), np.int32),
         "learned": _joined((example.learned_n for example in examples), np.bool_),
         "ends": np.cumsum([len(example) for example in examples], dtype=np.int64),
     }
-    save_file(columns, file)
 
 
 def _joined(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:
@@ -31,11 +35,16 @@ def _joined(parts: Iterable[np.ndarray], dtype: type) -> np.ndarray:
 
 
 class Examples:
-    """What ``write_examples`` wrote."""
+    """Examples by their numbers, out of ``columns_of``."""
 
-    def __init__(self, file: Path) -> None:
-        self._columns: Mapping[str, np.ndarray] = load_file(file)
-        self._ends = self._columns["ends"]
+    def __init__(self, columns: Mapping[str, np.ndarray]) -> None:
+        self._columns = columns
+        self._ends = columns["ends"]
+
+    @classmethod
+    def read(cls, file: Path) -> "Examples":
+        """What ``write_examples`` wrote."""
+        return cls(load_file(file))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -78,9 +87,13 @@ class ExampleSamples:
         """The examples of a sample."""
         return [self.examples[example] for example in self._members[number]]
 
-    def length(self, number: int) -> int:
+    def tokens(self, number: int) -> int:
         """Tokens of a sample."""
         return int(sum(self.examples.lengths[example] for example in self._members[number]))
+
+    def row_lengths(self, number: int) -> list[int]:
+        """Tokens of the one row that a sample is."""
+        return [self.tokens(number)]
 
     def number_at(self, consumed: int) -> int:
         """Which sample comes after ``consumed`` others."""

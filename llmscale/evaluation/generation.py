@@ -23,13 +23,20 @@ class Generation(Settings):
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
-def generate(
-    model: Any, tokenizer: Any, prompt: str, settings: Generation, seed: int, stop: str = ""
-) -> str:
-    """The prompt's continuation, within the model's positions; the same for the same seed.
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    settings: Generation,
+    seed: int,
+    stop: str = "",
+    several: int = 1,
+) -> list[str]:
+    """The prompt's continuations, within the model's positions; the same for the same seed.
 
     Args:
-        stop: what ends the text, beside the tokenizer's own token for that; it is left out.
+        stop: what ends a text, beside the tokenizer's own token for that; it is left out.
+        several: how many; more than one differ when they are sampled.
     """
     import torch
 
@@ -56,20 +63,28 @@ def generate(
         max_new_tokens=max(1, min(settings.max_new_tokens, room)),
         pad_token_id=tokenizer.eos_token_id if padding is None else padding,
         eos_token_id=tokenizer.eos_token_id,
+        num_return_sequences=several,
         **choices[settings.decoding],
         **({"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}),
     )
-    text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    return text.partition(stop)[0] if stop else text
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.partition(stop)[0] if stop else text for text in texts]
 
 
-def answer_or_continuation(
-    model: Any, tokenizer: Any, prompt: str, settings: Generation, seed: int, raw: bool = False
-) -> tuple[str, bool]:
-    """What a model with a chat template answers, else its continuation; and whether it answers.
+def answers_or_continuations(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    settings: Generation,
+    seed: int,
+    raw: bool = False,
+    several: int = 1,
+) -> tuple[list[str], bool]:
+    """What a model with a chat template answers, else its continuations; and whether it answers.
 
     Args:
         raw: leave the template out.
+        several: how many.
 
     Raises:
         RecipeError: if the template refuses a prompt alone.
@@ -78,10 +93,10 @@ def answer_or_continuation(
 
     template = None if raw else own_template(tokenizer)
     if template is None:
-        return generate(model, tokenizer, prompt, settings, seed), False
+        return continuations(model, tokenizer, prompt, settings, seed, "", several), False
     try:
         asked = prompt_text((Turn("user", prompt),), tokenizer, template)
         stop = end_of_answer(tokenizer, template)
     except Malformed as problem:
         raise RecipeError(f"the model's chat template: {problem}; leave it out by --raw") from None
-    return generate(model, tokenizer, asked, settings, seed, stop), True
+    return continuations(model, tokenizer, asked, settings, seed, stop, several), True

@@ -176,13 +176,19 @@ class Architecture(Settings):
         """Layers that a pipeline lays out: an encoder's, then a decoder's."""
         return self.layers + self.decoders
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """What the heads of a model that scores texts say; none of one that predicts tokens."""
+        return ()
+
     def parameters(self, vocabulary: int) -> int:
         """The number of parameters, in closed form, without padding."""
         hidden = self.hidden_size
         norm = hidden * (2 if self.traits.norm == "LayerNorm" else 1)
         layer = self.attention_parameters() + self.mlp_parameters() + 2 * norm
         cross = self.decoders * (self.attention_parameters() + norm)
-        tables = vocabulary * hidden * (1 if self.tied else 2)
+        output = len(self.scored) if self.scored else 0 if self.tied else vocabulary
+        tables = (vocabulary + output) * hidden
         outer = {"learned": self.sequence_length * hidden, "rotary": 0}.get(
             self.traits.positions, 2 * self.relative_buckets * self.attention_heads
         )
@@ -221,7 +227,8 @@ class Architecture(Settings):
         active = self.experts_per_token if self.experts else 1
         mlp = active * (3 if self.gated_ffn else 2) * hidden * self.ffn
         inner = hidden * (2 * width + 2 * keys) + mlp
-        outer = vocabulary * hidden + (hidden * hidden if self.family == "bert" else 0)
+        outer = (len(self.scored) or vocabulary) * hidden
+        outer += hidden * hidden if self.family == "bert" else 0
         square = 12.0 * width * sequence_length**2
         if self.traits.objective == "causal":
             square /= 2
@@ -368,6 +375,27 @@ class Architecture(Settings):
         """Rows of the embedding table; rows past ``vocabulary`` never take part in a loss."""
         multiple = math.lcm(VOCABULARY_MULTIPLE, tensor)
         return -(-vocabulary // multiple) * multiple
+
+
+class RewardArchitecture(Architecture):
+    """A decoder that scores texts: instead of an output layer it has a head a score."""
+
+    heads: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @classmethod
+    def upon(cls, below: Architecture, heads: tuple[str, ...]) -> "RewardArchitecture":
+        """The same Transformer with these heads."""
+        plain = {name: getattr(below, name) for name in Architecture.model_fields}
+        return cls(**plain, heads=heads)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        return self.heads
+
+    @property
+    def tied(self) -> bool:
+        """Whether there is an output layer with the embedding's weights: there is none."""
+        return False
 
 
 def _target_problems(layout: Layout, length: int) -> Iterator[Problem]:

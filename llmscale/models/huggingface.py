@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,9 @@ class HuggingFaceWeights:
             raise FileNotFoundError(f"{folder}: no {SINGLE} and no {INDEX}")
         self._files = {name: folder / file for name, file in files.items()}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
             name = _former_name(name)
@@ -48,6 +51,12 @@ class HuggingFaceWeights:
             name = "shared.weight"  # T5 of version 1.1 whose tables are equal
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+
+class TensorSource(Protocol):
+    """Hugging Face tensors by name."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
 
 
 def _former_name(name: str) -> str:
@@ -74,7 +83,7 @@ def fill(
     chunks: Iterable[torch.nn.Module],
     architecture: Architecture,
     vocabulary: int,
-    source: HuggingFaceWeights | int,
+    source: TensorSource | int,
 ) -> None:
     """Sets every parameter from a folder's tensors, or from a seed.
 

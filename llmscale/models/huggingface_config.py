@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmscale.errors import RecipeError
-from llmscale.models.architecture import TOKEN_TYPES, Architecture
+from llmscale.models.architecture import TOKEN_TYPES, Architecture, RewardArchitecture
 from llmscale.settings import choices, shown
 
 LLAMA3_ROTARY = {
@@ -27,6 +27,13 @@ CLASSES = {
     "t5": "T5ForConditionalGeneration",
 }
 
+SCORES_TEXTS = "ForSequenceClassification"
+SCORING_CLASSES = {
+    "llama": "LlamaForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+}
 VIRTUAL_TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")
 """PEFT's types of adapters that are tokens before the text."""
 
@@ -178,7 +185,9 @@ def read_architecture(folder: Path) -> Architecture:
     for key, value in FIXED[kind].items():
         reader.require(key, value)
     try:
-        return Architecture.model_validate({"family": kind, **_settings(reader, kind)})
+        read = Architecture.model_validate({"family": kind, **_settings(reader, kind)})
+        heads = _heads(reader.config)
+        return RewardArchitecture.upon(read, heads) if heads else read
     except KeyError as error:
         cause = f"{error.args[0]} is missing"
     except ValidationError as error:
@@ -225,7 +234,30 @@ def write_config(architecture: Architecture, vocabulary: int, dtype: str) -> Con
         config[theirs] = getattr(architecture, COMPLETED.get(ours, ours))
     if family != "t5":  # which has spreads of its own
         config["initializer_range"] = architecture.initial_std
-    return config | _own_form(architecture)
+    return config | _own_form(architecture) | _scoring(architecture)
+
+
+def _heads(config: Config) -> tuple[str, ...]:
+    """What a folder's model scores; nothing if it predicts tokens."""
+    if not any(name.endswith(SCORES_TEXTS) for name in config.get("architectures") or ()):
+        return ()
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # as transformers has it
+    return tuple(str(labels[number]) for number in sorted(labels, key=int))
+
+
+def scoring_config(heads: tuple[str, ...]) -> Config:
+    """How ``config.json`` names the heads of a model that scores texts."""
+    return {
+        "id2label": {str(number): name for number, name in enumerate(heads)},
+        "label2id": {name: number for number, name in enumerate(heads)},
+    }
+
+
+def _scoring(architecture: Architecture) -> Config:
+    if not architecture.scored:
+        return {}
+    model = SCORING_CLASSES[architecture.family]
+    return {"architectures": [model], **scoring_config(architecture.scored)}
 
 
 def _settings(reader: _Reader, family: str) -> Config:

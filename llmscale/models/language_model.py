@@ -1,4 +1,4 @@
-"""What all model chunks have in common: the loss, over the true vocabulary alone."""
+"""What all model chunks have in common: what they end in, a loss or scores."""
 
 from typing import Any
 
@@ -7,14 +7,25 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from llmscale.models.cross_entropy import vocabulary_cross_entropy
+from llmscale.models.score_head import ScoreHead
 
 
 class LanguageModel(GPTModel):
-    """megatron-core's GPT model whose padding rows of the vocabulary never get probability."""
+    """megatron-core's GPT model whose padding rows of the vocabulary never get probability.
 
-    def __init__(self, *arguments: Any, true_vocabulary: int, **options: Any) -> None:
+    Args:
+        heads: if not 0, the model scores texts instead, by so many heads.
+    """
+
+    def __init__(
+        self, *arguments: Any, true_vocabulary: int, heads: int = 0, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
         self.true_vocabulary = true_vocabulary
+        if heads and self.post_process:
+            config = self.config
+            head: Any = ScoreHead(heads, config.hidden_size, config.sequence_parallel)
+            self.output_layer = head
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy a token, ``[b, s]``, over the true vocabulary."""

@@ -277,6 +277,7 @@ def _build_chunk(
         rotary_base=architecture.rotary_base,
         rope_scaling=architecture.rotary_scaling_factor is not None,
         rope_scaling_factor=architecture.rotary_scaling_factor or 1.0,
+        heads=len(architecture.scored),
         **options,
     )
 

@@ -1,10 +1,12 @@
 """The kinds of stages. A new kind is one file here and one line below."""
 
 from llmscale.stages.base import Stage
+from llmscale.stages.dpo import Dpo
 from llmscale.stages.evaluate import Evaluate
 from llmscale.stages.finetune import Finetune
 from llmscale.stages.prepare import Prepare
 from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.reward import Reward
 from llmscale.stages.tokenizer import Tokenizer
 
 KINDS: dict[str, type[Stage]] = {
@@ -12,5 +14,7 @@ KINDS: dict[str, type[Stage]] = {
     "tokenizer": Tokenizer,
     "pretrain": Pretrain,
     "finetune": Finetune,
+    "reward": Reward,
+    "dpo": Dpo,
     "evaluate": Evaluate,
 }

@@ -1,14 +1,17 @@
 """The engine a recipe asks for, its model built and its first weights set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from llmscale.clusters.devices import require_engine, require_quantization
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface import HuggingFaceWeights, fill
+from llmscale.models.score_head import HEAD, new_head
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.probes import require_precision
 from llmscale.stages.imported import is_import, load_imported
@@ -27,6 +30,8 @@ class TrainedModel:
         tokenizer: the folder that has the tokenizer.
         chat_template: in Jinja, if there is one beside the tokenizer's own.
         adapter: what alone of it is trained, if not all.
+        padding: what fills rows up, of a model that scores texts.
+        beside: files that go into the folder, by their names there, once they are written.
     """
 
     architecture: Architecture
@@ -34,6 +39,8 @@ class TrainedModel:
     tokenizer: Path
     chat_template: str | None = None
     adapter: Adapter | None = None
+    padding: int | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,17 @@ class FirstWeights:
 
 @contextmanager
 def built_engine(
-    stage: TrainedStage, model: TrainedModel, first: FirstWeights, layout: Layout, device: str
+    stage: TrainedStage,
+    model: TrainedModel,
+    first: FirstWeights,
+    layout: Layout,
+    device: str,
+    frozen: bool = False,
 ) -> Iterator[Engine]:
     """The engine, at a layout whose process groups are there; collective.
+
+    Args:
+        frozen: whether the model is only asked, never trained.
 
     Raises:
         MachineError: if the machine lacks the precision or a package.
@@ -71,6 +86,7 @@ def built_engine(
             precision=stage.precision,
             recompute=stage.recompute,
             device=device,
+            frozen=frozen,
             adapter=model.adapter,
         )
         if not first.left_out or model.adapter is not None:
@@ -85,9 +101,11 @@ def built_engine(
 
     if first.folder is None or is_import(first.folder):
         raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")
+    weights = _WithHead(HuggingFaceWeights(first.folder), model.architecture, first.seed)
     loaded = loaded_model(
         first.folder,
         model.architecture,
+        weights,
         stage.zero,
         stage.recompute,
         device,
@@ -102,6 +120,7 @@ def built_engine(
         stage.optimizer,
         precision=stage.precision,
         device=device,
+        frozen=frozen,
     )
     try:
         yield zero_engine
@@ -112,9 +131,28 @@ def built_engine(
 def set_first_weights(engine: MegatronEngine, first: FirstWeights) -> None:
     """Weights from a Hugging Face folder or an import, else from the seed."""
     folder = first.folder
-    if folder is not None and is_import(folder):
-        load_imported(engine, folder)
-    else:
-        source = first.seed if folder is None else HuggingFaceWeights(folder)
+    if folder is None:
+        fill(engine.chunks, engine.architecture, engine.vocabulary, first.seed)
+    elif not is_import(folder):
+        weights = HuggingFaceWeights(folder)
+        source = _WithHead(weights, engine.architecture, first.seed)
         fill(engine.chunks, engine.architecture, engine.vocabulary, source)
+    elif engine.architecture.scored:
+        raise RecipeError(f"{folder}: a reward model starts from a Hugging Face folder")
+    else:
+        load_imported(engine, folder)
     start_adapter(engine.chunks, first.seed)
+
+
+@dataclass(frozen=True)
+class _WithHead:
+    """A folder's tensors, and a new head for a model that is to score texts and has none."""
+
+    weights: HuggingFaceWeights
+    architecture: Architecture
+    seed: int
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == HEAD and name not in self.weights:
+            return new_head(len(self.architecture.scored), self.architecture.hidden_size, self.seed)
+        return self.weights[name]

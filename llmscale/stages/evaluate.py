@@ -12,7 +12,7 @@ from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
-from llmscale.evaluation.generation import Decoding, Generation, answer_or_continuation
+from llmscale.evaluation.generation import Decoding, Generation, answers_or_continuations
 from llmscale.models.architecture import Architecture
 from llmscale.settings import Problem, Settings
 from llmscale.stages.base import (
@@ -53,7 +53,7 @@ class Evaluate(Stage):
     samples: Samples | None = None
 
     links: ClassVar[Mapping[str, Link]] = {
-        "model": Link(("pretrain", "finetune"), or_folder=True, folder_holds=MODEL_FILES),
+        "model": Link(("pretrain", "finetune", "dpo"), or_folder=True, folder_holds=MODEL_FILES),
         "corpus": Link(("prepare",)),
     }
 
@@ -154,7 +154,7 @@ class Evaluate(Stage):
         for number, prompt in enumerate(samples.prompts):
             workspace.progress.update(number, len(samples.prompts), "samples")
             seed = workspace.seed + number
-            text, _ = answer_or_continuation(model, tokenizer, prompt, samples, seed)
-            texts.append({"prompt": prompt, "text": text})
+            said, _ = answers_or_continuations(model, tokenizer, prompt, samples, seed)
+            texts.append({"prompt": prompt, "text": said[0]})
         write_json(workspace.folder.path / "samples.json", texts)
         workspace.progress.update(len(texts), len(texts), "samples")

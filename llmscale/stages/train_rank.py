@@ -1,8 +1,11 @@
 """One training rank, from its settings to an exported model: the build order, a line a step."""
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -19,7 +22,7 @@ from llmscale.training.checkpoint import STATE, Checkpoints, TrainingState, firs
 from llmscale.training.data import TrainingData, ValidationSamples
 from llmscale.training.engine import Engine
 from llmscale.training.log import TrainingLog
-from llmscale.training.loop import Trainer
+from llmscale.training.loop import Completing, Trainer
 from llmscale.training.peak import peak_flops
 from llmscale.training.signals import listening
 
@@ -36,6 +39,16 @@ TOKENIZER_FILES = (
 )
 
 
+class Measures(Protocol):
+    """What is measured of a model beside training it; every method is collective."""
+
+    def before(self, engine: Engine) -> None:
+        """Measures the first weights."""
+
+    def after(self, engine: Engine) -> None:
+        """Measures the best weights."""
+
+
 @dataclass(frozen=True)
 class Course:
     """What a stage trains: a model from its first weights on, with some data, for some steps.
@@ -45,6 +58,9 @@ class Course:
             from the seed.
         patience: after how many validations without a better loss training ends.
         baseline: whether the first weights are validated, too.
+        completing: makes of a reference what adds to each global batch what its loss needs.
+        alongside: whether the first model is kept in memory as that reference.
+        measures: what is measured of the model besides its loss.
     """
 
     model: TrainedModel
@@ -54,12 +70,15 @@ class Course:
     steps: int
     patience: int | None = None
     baseline: bool = False
+    completing: Callable[[Engine | None], Completing] | None = None
+    alongside: bool = False
+    measures: Measures | None = None
 
 
-def train(stage: TrainedStage, workspace: Workspace, course: Course) -> None:
-    """Trains and exports the best checkpoint; every rank of the task calls it."""
+@contextmanager
+def joined_ranks(stage: TrainedStage, workspace: Workspace) -> Iterator[World]:
+    """All ranks of a task, met and grouped by the stage's layout."""
     with (
-        listening() as stop,
         joined_world(
             rank=workspace.rank,
             ranks=workspace.ranks,
@@ -69,13 +88,22 @@ def train(stage: TrainedStage, workspace: Workspace, course: Course) -> None:
         ) as world,
         process_groups(stage.parallel, workspace.seed),
     ):
+        yield world
+
+
+def train(stage: TrainedStage, workspace: Workspace, course: Course) -> None:
+    """Trains and exports the best checkpoint; every rank of the task calls it."""
+    with listening() as stop, joined_ranks(stage, workspace) as world:
         say = print if world.first else _silent
         checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
         newest = checkpoints.newest_whole()
         first_weights = FirstWeights(course.start_from, workspace.seed, left_out=newest is not None)
-        with built_engine(
-            stage, course.model, first_weights, stage.parallel, workspace.device
-        ) as engine:
+        with (
+            built_engine(
+                stage, course.model, first_weights, stage.parallel, workspace.device
+            ) as engine,
+            _reference(stage, course, workspace) as reference,
+        ):
             state = TrainingState() if newest is None else checkpoints.load(engine, newest)
             log = _log(stage, course, workspace, world, state)
             trainer = Trainer(
@@ -91,14 +119,33 @@ def train(stage: TrainedStage, workspace: Workspace, course: Course) -> None:
                 checkpoints=checkpoints,
                 stop=stop,
                 log=log,
+                completing=course.completing(reference) if course.completing else None,
                 say=say,
             )
+            if course.measures is not None and state.step == 0:
+                course.measures.before(engine)
             try:
                 state = trainer.train(state)
             finally:
                 if log is not None:
                     log.close()
             _export_best(course, workspace, engine, checkpoints, state)
+
+
+@contextmanager
+def _reference(
+    stage: TrainedStage, course: Course, workspace: Workspace
+) -> Iterator[Engine | None]:
+    """The model as it was at first, never trained, if the course needs it alongside."""
+    if not course.alongside:
+        yield None
+        return
+    model = replace(course.model, adapter=None)
+    first = FirstWeights(course.start_from, workspace.seed)
+    with built_engine(
+        stage, model, first, stage.parallel, workspace.device, frozen=True
+    ) as reference:
+        yield reference
 
 
 def _silent(_line: str) -> None:
@@ -138,6 +185,8 @@ def _export_best(
         best = state.step
     if best != state.step:
         engine.load_weights(checkpoints.path(best))
+    if course.measures is not None:
+        course.measures.after(engine)
     if dist.get_rank() == 0 and (mirror := Mirror.of(workspace.folder.path.parent)) is not None:
         mirror.clear(f"{workspace.folder.path.name}/{workspace.folder.hf.name}")
     first_here = first_of_folder(workspace.folder.path)
@@ -167,12 +216,17 @@ def export_folder(engine: Engine, model: TrainedModel, target: Path, first_here:
         for name in TOKENIZER_FILES:
             if (model.tokenizer / name).is_file():
                 shutil.copy(model.tokenizer / name, beside / name)
+        for name, file in model.beside.items():
+            if file.is_file():
+                shutil.copy(file, beside / name)
         if model.chat_template is not None:
             (beside / CHAT_TEMPLATE).write_text(model.chat_template, encoding="utf-8")
     dist.barrier()
     engine.export(beside)
     if dist.get_rank() == 0 and model.architecture.decoders:
         _name_special_tokens(beside)
+    if dist.get_rank() == 0 and model.architecture.scored:
+        _add_to_config(beside, {"pad_token_id": model.padding})
     dist.barrier()
     if first_here:
         publish_folder(beside, target)
@@ -184,7 +238,11 @@ def _name_special_tokens(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     padding, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     special = {"pad_token_id": padding, "eos_token_id": end, "decoder_start_token_id": padding}
-    write_json(folder / "config.json", {**read_json(folder / "config.json"), **special})
+    _add_to_config(folder, special)
+
+
+def _add_to_config(folder: Path, added: dict[str, Any]) -> None:
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **added})
 
 
 def export_at_one_rank(

@@ -40,8 +40,14 @@ class StepSamples(Protocol):
             length: the model's tokens a sample, in that step.
         """
 
-    def length(self, step: range) -> int:
-        """The model's tokens a sample, in this step."""
+    def arranged(self, step: range) -> Sequence[int]:
+        """A step's places as they are dealt out: such of like length are near each other."""
+
+    def length(self, places: Sequence[int]) -> int:
+        """The model's tokens a row, where these samples are padded to one length."""
+
+    def row_lengths(self, step: range) -> Sequence[int]:
+        """The model's tokens of each row in a step, without padding."""
 
     def tokens(self, step: range) -> int:
         """Tokens of text the step reads, whether they are predicted or not."""
@@ -105,8 +111,14 @@ class PhaseSamples:
         windows = [source.window(number) for source, number in found]
         return self.objective.batch(np.stack(windows), places, device)
 
-    def length(self, step: range) -> int:
+    def arranged(self, step: range) -> Sequence[int]:
+        return step
+
+    def length(self, places: Sequence[int]) -> int:
         return self.phase.sequence_length
+
+    def row_lengths(self, step: range) -> Sequence[int]:
+        return [self.phase.sequence_length] * len(step)
 
     def tokens(self, step: range) -> int:
         return len(step) * next(iter(self.sources.values())).sequence_length
@@ -117,11 +129,15 @@ class PhaseSamples:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's global batch: ``size`` samples from place ``first`` of the run's order on."""
+    """One step's global batch: ``size`` samples from place ``first`` of the run's order on.
+
+    ``one_length``: whether all its micro-batches are padded to one length.
+    """
 
     samples: StepSamples
     first: int
     size: int
+    one_length: bool
 
     @property
     def places(self) -> range:
@@ -130,12 +146,22 @@ class StepBatch:
 
     def batch(self, places: Sequence[int], device: torch.device) -> ModelBatch:
         """The samples at some of its places."""
-        return self.samples.batch(places, self.sequence_length, device)
+        length = self._longest if self.one_length else self.samples.length(places)
+        return self.samples.batch(places, length, device)
 
     @cached_property
-    def sequence_length(self) -> int:
-        """The model's tokens a sample."""
+    def _longest(self) -> int:
         return self.samples.length(self.places)
+
+    @property
+    def arranged(self) -> Sequence[int]:
+        """The places as they are dealt out to micro-batches."""
+        return self.samples.arranged(self.places)
+
+    @property
+    def row_lengths(self) -> Sequence[int]:
+        """The model's tokens of each row, without padding."""
+        return self.samples.row_lengths(self.places)
 
     @property
     def tokens(self) -> int:
@@ -145,15 +171,19 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What every step trains on: a function of its number and of the samples before it."""
+    """What every step trains on: a function of its number and of the samples before it.
+
+    ``one_length``: whether all micro-batches of a step are of one length, as pipelines need.
+    """
 
     batch: Batch
     phases: Sequence[StepSamples]
+    one_length: bool = True
 
     def at(self, step: int, consumed: int) -> StepBatch:
         """The global batch of step ``step`` (0 is the first)."""
         begun = [phase for phase in self.phases if phase.first_step <= step]
-        return StepBatch(begun[-1], consumed, self.batch.size(consumed))
+        return StepBatch(begun[-1], consumed, self.batch.size(consumed), self.one_length)
 
 
 class ValidationSamples(Protocol):

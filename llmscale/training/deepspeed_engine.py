@@ -19,9 +19,13 @@ from deepspeed.utils import safe_set_full_grad
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
+from llmscale.models.huggingface import TensorSource
+from llmscale.models.huggingface_config import scoring_config
+from llmscale.models.score_head import HEAD
 from llmscale.training.adapters import (
     adapter_weights,
     is_adapted,
@@ -31,7 +35,7 @@ from llmscale.training.adapters import (
     save_adapter,
     virtual_tokens,
 )
-from llmscale.training.batches import ModelBatch, SpanBatch, TokenBatch
+from llmscale.training.batches import ModelBatch, SpanBatch, TextBatch
 from llmscale.training.deepspeed_setup import deepspeed
 from llmscale.training.deepspeed_state import (
     DeepSpeedWriting,
@@ -39,8 +43,7 @@ from llmscale.training.deepspeed_state import (
     load_weights,
     prepare_moments,
 )
-from llmscale.training.engine import StepResult
-from llmscale.training.objectives import masked_sum
+from llmscale.training.engine import StepResult, Totals
 from llmscale.training.settings import Optimizer, Precision, Recompute, Zero
 
 BUCKET_ELEMENTS = 2**24
@@ -48,8 +51,9 @@ MODEL_CLASSES = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "spans": "AutoModelForSeq2SeqLM",
+    "scores": "AutoModelForSequenceClassification",
 }
-"""transformers' class for each objective."""
+"""transformers' class for each objective, and for models that score texts."""
 
 
 def deepspeed_settings(zero: Zero, gradient_clip: float) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def deepspeed_settings(zero: Zero, gradient_clip: float) -> dict[str, Any]:
 def loaded_model(
     folder: Path,
     architecture: Architecture,
+    weights: TensorSource,
     zero: Zero,
     recompute: Recompute,
     device: str,
@@ -84,6 +89,7 @@ def loaded_model(
     """A Hugging Face folder's model in fp32; under ZeRO 3, but for T5, never whole on a rank.
 
     Args:
+        weights: where the head of a model that scores texts is taken from.
         quantized: how transformers is to quantize it while it loads.
 
     Raises:
@@ -91,7 +97,8 @@ def loaded_model(
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    model_class = getattr(transformers, MODEL_CLASSES[architecture.traits.objective])
+    kind = "scores" if architecture.scored else architecture.traits.objective
+    model_class = getattr(transformers, MODEL_CLASSES[kind])
     # transformers partitions while such an object lives; T5's untied tables it would tie then
     partitioned = zero.stage == 3 and architecture.traits.objective != "spans"
     partitioning = HfDeepSpeedConfig(deepspeed_settings(zero, 0.0)) if partitioned else None
@@ -99,6 +106,9 @@ def loaded_model(
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         _leave_out_dropout(config)
+        if architecture.scored:
+            config.num_labels = len(architecture.scored)
+            config.update(scoring_config(architecture.scored))
         model: nn.Module = model_class.from_pretrained(
             folder,
             config=config,
@@ -112,9 +122,27 @@ def loaded_model(
         raise RecipeError(f"{folder}: cannot be loaded: {cause}") from None
     finally:
         del partitioning
+    if architecture.scored:
+        _let_score_every_token(model, weights[HEAD], partitioned)
     if recompute == "full":
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     return model.train() if partitioned or quantized else model.to(device).train()
+
+
+def _let_score_every_token(model: Any, head: Tensor, partitioned: bool) -> None:
+    """Sets the head, and lets the model say its scores at all tokens, not at the last alone."""
+    whole: Any = nullcontext()
+    if partitioned:
+        whole = deepspeed.zero.GatheredParameters([model.score.weight], modifier_rank=0)
+    with whole, torch.no_grad():
+        model.score.weight.copy_(head)
+    backbone = getattr(model, model.base_model_prefix)
+
+    def forward(**inputs: Any) -> Any:
+        hidden_bsh = backbone(**inputs).last_hidden_state
+        return SequenceClassifierOutput(logits=model.score(hidden_bsh))
+
+    model.forward = forward
 
 
 def _leave_out_dropout(config: Any) -> None:
@@ -139,10 +167,19 @@ class DeepSpeedEngine:
         *,
         precision: Precision = "fp32",
         device: str = "cpu",
+        frozen: bool = False,
     ) -> None:
         self.architecture, self.zero, self.settings = architecture, zero, optimizer
         self.device, self.precision = torch.device(device), precision
         self._virtual = virtual_tokens(model)
+        if frozen:
+            # Only stages 0 and 3 do without an optimizer.
+            own = zero if zero.stage == 3 else zero.model_copy(update={"stage": 0})
+            settings = deepspeed_settings(own, 0.0)
+            self.engine, *_ = deepspeed.initialize(
+                model=model.requires_grad_(False), config=settings, dist_init_required=False
+            )
+            return
         trainable = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -195,31 +232,34 @@ class DeepSpeedEngine:
         return sum(math.prod(whole_shape(one)) for one in self.model.parameters())
 
     def train_step(self, batches: Sequence[ModelBatch], learning_rate: float) -> StepResult:
-        loss_sum, tokens = self.backward(batches)
-        return self.update(loss_sum, tokens, learning_rate)
+        return self.update(self.backward(batches), learning_rate)
 
-    def backward(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
-        """Gradients of the global batch, divided by its tokens; the summed loss and tokens.
+    def backward(self, batches: Sequence[ModelBatch]) -> Totals:
+        """Gradients of the global batch, divided by its count.
 
-        Every rank gives equally many micro-batches; one may have no token that counts.
+        Every rank gives equally many micro-batches; one may have nothing that counts.
         """
-        tokens = int(self._total(sum(float(batch.mask_bs.sum()) for batch in batches)))
-        scale = dist.get_world_size() / max(tokens, 1)  # DeepSpeed takes the mean over ranks
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = float(self._total(torch.stack([batch.count for batch in batches]).sum()))
+        scale = dist.get_world_size() / max(count, 1)  # DeepSpeed takes the mean over ranks
+        sums = self._no_sums(batches)
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            loss = self._loss_sum(batch)
-            total += loss.detach().double()
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
-        return self._total(float(total)), tokens
+            loss = batch.loss(self._outputs(batch))
+            sums += loss.vector()
+            self.engine.backward(loss.total * scale, scale_wrt_gas=False)
+        return Totals.of(self._total(sums), batches[0].figures)
 
-    def _loss_sum(self, batch: ModelBatch) -> Tensor:
+    def _outputs(self, batch: ModelBatch) -> Tensor:
+        """Losses a token ``[b, s]``, or scores a token ``[b, s, k]``."""
         with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
-            logits_bsv = self.engine(**self._inputs(batch)).logits[:, -batch.labels_bs.shape[1] :]
+            logits_bsv = self.engine(**self._inputs(batch)).logits.float()
+        if batch.labels_bs is None:
+            return logits_bsv
+        logits_bsv = logits_bsv[:, -batch.labels_bs.shape[1] :]
         losses_t = cross_entropy(
-            logits_bsv.float().flatten(0, 1), batch.labels_bs.flatten(), reduction="none"
+            logits_bsv.flatten(0, 1), batch.labels_bs.flatten(), reduction="none"
         )
-        return masked_sum(losses_t.view_as(batch.mask_bs), batch.mask_bs)[0]
+        return losses_t.view_as(batch.labels_bs)
 
     def _inputs(self, batch: ModelBatch) -> dict[str, Any]:
         if isinstance(batch, SpanBatch):
@@ -228,6 +268,7 @@ class DeepSpeedEngine:
                 "decoder_input_ids": batch.decoder_inputs_bt,
                 "use_cache": False,
             }
+        assert isinstance(batch, TextBatch), "there is no third kind"
         if self._virtual:
             return {"input_ids": batch.tokens_bs, "use_cache": False}
         causal = self.architecture.traits.objective == "causal"
@@ -238,12 +279,14 @@ class DeepSpeedEngine:
             **({"use_cache": False} if causal else {}),
         }
 
-    def update(self, loss_sum: float, tokens: int, learning_rate: float) -> StepResult:
+    def update(self, totals: Totals, learning_rate: float) -> StepResult:
         """Applies the gradients that ``backward`` left, if all is finite; collective."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._step(discard=not math.isfinite(loss_sum))
-        return StepResult(loss_sum / max(tokens, 1), tokens, norm, math.isfinite(norm))
+        norm = self._step(discard=not math.isfinite(totals.loss))
+        return StepResult(
+            totals.mean, totals.count, norm, math.isfinite(norm), figures=totals.figures
+        )
 
     def _step(self, discard: bool) -> float:
         """Updates the weights, or clears gradients that are to be discarded or not finite.
@@ -277,17 +320,29 @@ class DeepSpeedEngine:
         safe_set_full_grad(parameter, spoilt)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
+    def evaluate(self, batches: Sequence[ModelBatch]) -> Totals:
         self.engine.eval()
-        total = sum(float(self._loss_sum(batch)) for batch in batches)
+        parts = (batch.loss(self._outputs(batch)).vector() for batch in batches)
+        sums = sum(parts, self._no_sums(batches))
         self.engine.train()
-        tokens = sum(float(batch.mask_bs.sum()) for batch in batches)
-        return self._total(total), int(self._total(tokens))
+        return Totals.of(self._total(sums), batches[0].figures)
 
-    def _total(self, value: float) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return float(tensor)
+    @torch.no_grad()
+    def outputs(self, batches: Sequence[ModelBatch]) -> list[Tensor]:
+        self.engine.eval()
+        found = [self._outputs(batch) for batch in batches]
+        self.engine.train()
+        return found
+
+    def _no_sums(self, batches: Sequence[ModelBatch]) -> Tensor:
+        size = 2 + len(batches[0].figures)
+        return torch.zeros(size, dtype=torch.float64, device=self.device)
+
+    def _total(self, own: Tensor) -> Tensor:
+        """The sum over all ranks, in fp64."""
+        total = own.double()
+        dist.all_reduce(total)
+        return total
 
     def writing(self, folder: Path) -> DeepSpeedWriting:
         return DeepSpeedWriting(self, folder)
@@ -375,7 +430,7 @@ def _adam(parameters: dict[str, nn.Parameter], settings: Optimizer) -> torch.opt
     )
 
 
-def _own_document(batch: TokenBatch, causal: bool) -> Tensor | None:
+def _own_document(batch: TextBatch, causal: bool) -> Tensor | None:
     """Where samples hold several documents: which tokens each sees, ``[b, 1, s, s]``."""
     if batch.segments_bs is None:
         return None

@@ -1,29 +1,58 @@
 """What an engine is: it owns a model, its optimizer and its parallelism."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from llmscale.training.batches import ModelBatch
 from llmscale.training.settings import Optimizer
 
 
 @dataclass(frozen=True)
+class Totals:
+    """A global batch, as every rank knows it.
+
+    Attributes:
+        loss: summed over ``count`` tokens or samples.
+        figures: what else a batch tells, as means over the same number.
+    """
+
+    loss: float
+    count: int
+    figures: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The loss a token or sample."""
+        return self.loss / max(self.count, 1)
+
+    @classmethod
+    def of(cls, sums: Tensor, names: Sequence[str]) -> "Totals":
+        """From one vector: loss, count, and the sums of the figures."""
+        loss, count, *told = sums.tolist()
+        means = (total / max(count, 1) for total in told)
+        return cls(loss, int(count), dict(zip(names, means, strict=True)))
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """One step, as every rank knows it: loss a token, tokens, gradient norm, and if it counted.
+    """One step, as every rank knows it: its mean loss, over how many, gradient norm,
+    and if it counted.
 
     ``overflowed``: the step was skipped because the fp16 loss scale was too high; it has been
     lowered, as dynamic loss scaling does (Micikevicius et al. 2018, section 3.2).
     """
 
     loss: float
-    tokens: int
+    count: int
     gradient_norm: float
     applied: bool
     overflowed: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Writing(Protocol):
@@ -65,8 +94,15 @@ class Engine(Protocol):
             batches: this data rank's micro-batches of the global batch.
         """
 
-    def evaluate(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
-        """The summed loss and token count of a global batch, on every rank."""
+    def evaluate(self, batches: Sequence[ModelBatch]) -> Totals:
+        """The loss of a global batch, and nothing learned from it."""
+
+    def outputs(self, batches: Sequence[ModelBatch]) -> list[Tensor]:
+        """What the model makes of each batch: losses or scores a token, ``[b, s, ...]``.
+
+        Returns:
+            none on ranks that are not of the last pipeline stage.
+        """
 
     def flops_per_sample(self, sequence_length: int) -> float:
         """Model FLOP of training on one sample; not collective."""

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
@@ -60,9 +61,10 @@ class TrainingLog:
         text = f"loss {values['loss']:.4f}  {tokens / self._seconds:,.0f} tokens/s"
         self._progress.update(step, self._steps, "steps", text)
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, loss: float, figures: Mapping[str, float]) -> None:
         """Logs a validation loss, and keeps its time out of the next step's."""
-        self._write({"step": step, "validation_loss": loss})
+        told = {f"validation_{name}": value for name, value in figures.items()}
+        self._write({"step": step, "validation_loss": loss, **told})
         self._begun = time.perf_counter()
 
     def paused(self) -> None:

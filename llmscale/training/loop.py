@@ -1,20 +1,25 @@
 """The training loop: step, log, validate, save, stop."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from llmscale.data.samples import rank_places
 from llmscale.errors import Interrupted, StageError
+from llmscale.training.batches import ModelBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.data import StepBatch, TrainingData, ValidationSamples
-from llmscale.training.engine import Engine, StepResult
+from llmscale.training.engine import Engine, StepResult, Totals
 from llmscale.training.log import TrainingLog
 from llmscale.training.schedule import learning_rate
 from llmscale.training.settings import Checkpointing, Health
 from llmscale.training.signals import StopRequest
 
 SHOWN_SAMPLES = 8
+
+Completing = Callable[[Engine, Sequence[ModelBatch]], Sequence[ModelBatch]]
+"""Adds to a global batch what its loss needs to know of models before; collective."""
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Trainer:
     checkpoints: Checkpoints
     stop: StopRequest
     log: TrainingLog | None
+    completing: Completing | None = None
     say: Callable[[str], None] = print
 
     def train(self, state: TrainingState) -> TrainingState:
@@ -73,9 +79,9 @@ class Trainer:
     def _tell_baseline(self) -> None:
         """Logs the validation loss of the first weights."""
         if self.validation is not None:
-            loss = self.validation_loss(self.validation)
+            totals = self.validated(self.validation)
             if self.log is not None:
-                self.log.validation(0, loss)
+                self.log.validation(0, totals.mean, totals.figures)
 
     def _done(self, state: TrainingState) -> bool:
         """Whether the last step is done, or too many validations brought nothing better."""
@@ -84,30 +90,38 @@ class Trainer:
         return self.patience is not None and state.worse_validations >= self.patience
 
     def _step(self, batch: StepBatch, step: int) -> StepResult:
-        places = rank_places(
-            consumed=batch.first,
+        dealt = rank_places(
+            consumed=0,
             global_batch=batch.size,
             micro_batch=self.micro_batch,
             data_rank=self.engine.data_rank,
             data_ranks=self.engine.data_ranks,
         )
-        batches = [batch.batch(own, self.engine.device) for own in places]
-        return self.engine.train_step(batches, self._learning_rate(step))
+        arranged = batch.arranged
+        batches = [
+            batch.batch([arranged[place] for place in own], self.engine.device) for own in dealt
+        ]
+        return self.engine.train_step(self._completed(batches), self._learning_rate(step))
+
+    def _completed(self, batches: Sequence[ModelBatch]) -> Sequence[ModelBatch]:
+        return batches if self.completing is None else self.completing(self.engine, batches)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.steps, self.engine.settings)
 
     def _log_step(self, batch: StepBatch, state: TrainingState, result: StepResult) -> None:
         if self.log is not None:
-            flops = self.engine.flops_per_sample(batch.sequence_length)
+            rows = Counter(batch.row_lengths)
+            flops = (count * self.engine.flops_per_sample(row) for row, count in rows.items())
             self.log.step(
                 state.step,
                 batch.tokens,
                 state.tokens,
-                batch.size * flops,
+                sum(flops),
                 loss=result.loss,
                 learning_rate=self._learning_rate(state.step - 1),
                 gradient_norm=result.gradient_norm,
+                **result.figures,
             )
 
     def _tell_nonfinite(
@@ -135,25 +149,31 @@ class Trainer:
     def _validate(self, state: TrainingState) -> TrainingState:
         if self.validation is None:
             return state
-        loss = self.validation_loss(self.validation)
+        totals = self.validated(self.validation)
         if self.log is not None:
-            self.log.validation(state.step, loss)
+            self.log.validation(state.step, totals.mean, totals.figures)
+        loss = totals.mean
         better = state.best_loss is None or loss < state.best_loss
         if better and math.isfinite(loss):
             return replace(state, best_loss=loss, best_step=state.step, worse_validations=0)
         return replace(state, worse_validations=state.worse_validations + 1)
 
-    def validation_loss(self, samples: ValidationSamples) -> float:
-        """The mean loss a token over the validation samples; collective."""
-        data_ranks = self.engine.data_ranks
-        data_rank = self.engine.data_rank
-        per_pass = self.micro_batch * data_ranks
-        passes = -(-len(samples) // per_pass)
-        passes = -(-passes // self.engine.passes_multiple) * self.engine.passes_multiple
-        own = range(data_rank, passes * per_pass, data_ranks)
+    def validated(self, samples: ValidationSamples) -> Totals:
+        """The loss over the validation samples; collective."""
         batches = [
-            samples.batch(own[i : i + self.micro_batch], self.engine.device)
-            for i in range(0, len(own), self.micro_batch)
+            samples.batch(numbers, self.engine.device)
+            for numbers in own_numbers(len(samples), self.engine, self.micro_batch)
         ]
-        total, tokens = self.engine.evaluate(batches)
-        return total / tokens
+        return self.engine.evaluate(self._completed(batches))
+
+
+def own_numbers(samples: int, engine: Engine, micro_batch: int) -> list[range]:
+    """The samples of each of a data rank's micro-batches, where all ranks share ``samples``.
+
+    Numbers past the last one fill the passes up, so that every rank has equally many.
+    """
+    per_pass = micro_batch * engine.data_ranks
+    passes = -(-samples // per_pass)
+    passes = -(-passes // engine.passes_multiple) * engine.passes_multiple
+    own = range(engine.data_rank, passes * per_pass, engine.data_ranks)
+    return [own[first : first + micro_batch] for first in range(0, len(own), micro_batch)]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from llmscale.parallel.layout import Layout
 from llmscale.parallel.probes import overlapped_gradient_reduction
 from llmscale.training import adam_state
 from llmscale.training.batches import ModelBatch
-from llmscale.training.engine import StepResult
+from llmscale.training.engine import StepResult, Totals
 from llmscale.training.megatron_adapter import (
     adapter_parameters,
     add_adapter,
@@ -33,7 +34,6 @@ from llmscale.training.megatron_adapter import (
     weight_changes,
 )
 from llmscale.training.megatron_state import MegatronWriting, load_state, load_weights
-from llmscale.training.objectives import masked_sum
 from llmscale.training.settings import Adapter, Optimizer, Precision, Recompute
 
 INITIAL_LOSS_SCALE, LOWEST_LOSS_SCALE = 2.0**16, 1.0
@@ -52,6 +52,7 @@ class MegatronEngine:
         precision: Precision = "fp32",
         recompute: Recompute = "none",
         device: str = "cpu",
+        frozen: bool = False,
         adapter: Adapter | None = None,
     ) -> None:
         self.architecture = architecture
@@ -68,6 +69,9 @@ class MegatronEngine:
         if adapter is not None:
             add_adapter(inner, architecture, vocabulary, adapter)
         self.config = inner_model(inner[0]).config
+        if frozen:
+            for chunk in inner:
+                chunk.requires_grad_(False)
         overlapped = overlapped_gradient_reduction(device)
         data_parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -144,18 +148,17 @@ class MegatronEngine:
         Args:
             batches: this data rank's micro-batches of the global batch.
         """
-        loss_sum, tokens = self.backward(batches)
-        return self.update(loss_sum, tokens, learning_rate)
+        return self.update(self.backward(batches), learning_rate)
 
-    def backward(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
-        """Gradients of the global batch, divided by its tokens; the summed loss and tokens."""
+    def backward(self, batches: Sequence[ModelBatch]) -> Totals:
+        """Gradients of the global batch, divided by its count."""
         optimizer = self.optimizer
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         return self._run(batches, forward_only=False)
 
-    def update(self, loss_sum: float, tokens: int, learning_rate: float) -> StepResult:
+    def update(self, totals: Totals, learning_rate: float) -> StepResult:
         """Applies the gradients that ``backward`` left, if all is finite; collective."""
         optimizer = self.optimizer
         for group in optimizer.param_groups:
@@ -163,12 +166,12 @@ class MegatronEngine:
         scale = float(optimizer.get_loss_scale())
         overflow = optimizer.prepare_grads()
         norm = math.inf if overflow else float(optimizer.get_grad_norm())
-        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        finite = math.isfinite(totals.loss) and math.isfinite(norm)
         if finite:
             self._clip(norm)
             optimizer.step_with_ready_grads()
-        overflowed = overflow and math.isfinite(loss_sum) and scale > LOWEST_LOSS_SCALE
-        return StepResult(loss_sum / max(tokens, 1), tokens, norm, finite, overflowed)
+        overflowed = overflow and math.isfinite(totals.loss) and scale > LOWEST_LOSS_SCALE
+        return StepResult(totals.mean, totals.count, norm, finite, overflowed, totals.figures)
 
     def _clip(self, norm: float) -> None:
         for optimizer in self.optimizer.chained_optimizers:
@@ -178,17 +181,33 @@ class MegatronEngine:
                 )
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[ModelBatch]) -> tuple[float, int]:
-        """The summed loss and token count of a global batch, on every rank; collective."""
+    def evaluate(self, batches: Sequence[ModelBatch]) -> Totals:
+        with self._evaluating():
+            return self._run(batches, forward_only=True)
+
+    @torch.no_grad()
+    def outputs(self, batches: Sequence[ModelBatch]) -> list[Tensor]:
+        with self._evaluating():
+            return self._collected(_outputs_step, batches)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         for chunk in self.chunks:
             chunk.eval()
-        result = self._run(batches, forward_only=True)
+        yield
         for chunk in self.chunks:
             chunk.train()
-        return result
 
-    def _run(self, batches: Sequence[ModelBatch], forward_only: bool) -> tuple[float, int]:
-        return self._total(self._pass(_forward_step, batches, forward_only=forward_only))
+    def _collected(self, step: Any, batches: Sequence[ModelBatch]) -> list[Tensor]:
+        """What the last stage has of each micro-batch."""
+        found: list[Tensor] = self._pass(
+            step, batches, forward_only=True, collect_non_loss_data=True
+        )
+        return found
+
+    def _run(self, batches: Sequence[ModelBatch], forward_only: bool) -> Totals:
+        parts = self._pass(_forward_step, batches, forward_only=forward_only)
+        return self._total(parts, batches[0].figures)
 
     def _pass(self, step: Any, batches: Sequence[ModelBatch], **options: Any) -> Any:
         """The micro-batches through all stages, by the layout's schedule."""
@@ -206,16 +225,16 @@ class MegatronEngine:
             **options,
         )
 
-    def _total(self, parts: Iterable[Tensor]) -> tuple[float, int]:
-        """Sums (loss, tokens) over micro-batches and data ranks; known to all ranks.
+    def _total(self, parts: Iterable[Tensor], figures: Sequence[str]) -> Totals:
+        """Sums over micro-batches and data ranks; known to all ranks.
 
         Only the last pipeline stage has parts, and its tensor ranks have equal ones.
         """
-        own = sum(parts, torch.zeros(2, dtype=torch.float64, device=self.device))
+        own = sum(parts, torch.zeros(2 + len(figures), dtype=torch.float64, device=self.device))
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             own = torch.zeros_like(own)
         dist.all_reduce(own)
-        return float(own[0]), int(own[1])
+        return Totals.of(own, figures)
 
     @torch.no_grad()
     def logits(self, batch: ModelBatch) -> Tensor | None:
@@ -225,14 +244,8 @@ class MegatronEngine:
             None on ranks that are not of the last pipeline stage.
         """
         # The interleaved schedule needs as many micro-batches as there are stages.
-        for chunk in self.chunks:
-            chunk.eval()
-        found: list[Tensor] = self._pass(
-            _logits_step,
-            [batch] * self.passes_multiple,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        with self._evaluating():
+            found = self._collected(_logits_step, [batch] * self.passes_multiple)
         if not found:
             return None
         whole = gather_from_tensor_model_parallel_region(found[0])[..., : self.vocabulary]
@@ -246,15 +259,21 @@ def _logits_step(iterator: Iterator[ModelBatch], model: torch.nn.Module) -> tupl
     return output, lambda logits, non_loss_data: logits
 
 
+def _outputs_step(iterator: Iterator[ModelBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = model(**batch.model_inputs(), labels=batch.labels_bs)
+    return output, lambda outputs, non_loss_data: outputs
+
+
 def _forward_step(iterator: Iterator[ModelBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(iterator)
     output = model(**batch.model_inputs(), labels=batch.labels_bs)
     return output, partial(_loss, batch)
 
 
-def _loss(batch: ModelBatch, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    total, tokens = masked_sum(losses_bs, batch.mask_bs)
-    return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+def _loss(batch: ModelBatch, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = batch.loss(outputs)
+    return loss.total, loss.count, loss.vector()
 
 
 def _optimizer_config(settings: Optimizer, precision: Precision) -> OptimizerConfig:

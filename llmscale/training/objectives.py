@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llmscale.data.span_lengths import span_lengths
 from llmscale.data.spans import corrupted, span_starts_and_ends
@@ -155,11 +154,6 @@ class Spans:
         spans = span_starts_and_ends(lengths, np.random.default_rng((self.seed, place)))
         sentinels = np.array(self.sentinels[: lengths.spans])
         return corrupted(window[: lengths.text], spans, sentinels, self.end)
-
-
-def masked_sum(losses_bs: Tensor, mask_bs: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss and the number of tokens it was summed over."""
-    return (losses_bs.float() * mask_bs).sum(), mask_bs.sum().to(torch.int)
 
 
 def make_objective(

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from llmscale.errors import Disagreement, RecipeError, StageError
 from llmscale.recipe.recipe import load_recipe
-from llmscale.stages.finetune import vocabulary_of
+from llmscale.stages.tuned import vocabulary_of
 from llmscale.verify.proof import Proof
 from llmscale.verify.prove import prove_recipe, training_stages
 from llmscale.verify.table import layout_in_words, plain, plain_exact, show_exact, show_proven

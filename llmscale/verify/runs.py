@@ -18,6 +18,7 @@ from llmscale.data.samples import Samples, rank_places
 from llmscale.models.huggingface import export, fill
 from llmscale.training.batches import ModelBatch
 from llmscale.training.checkpoint import Checkpoints, TrainingState
+from llmscale.training.engine import Totals
 from llmscale.training.megatron_engine import MegatronEngine
 from llmscale.training.objectives import Objective, make_objective
 from llmscale.verify.differences import (
@@ -107,8 +108,8 @@ def _engine(proof: Proof) -> MegatronEngine:
     )
 
 
-def _curve(loss_sum: float, tokens: int, norm: float) -> dict[str, float]:
-    return {"loss": loss_sum / max(tokens, 1), "tokens": tokens, "gradient_norm": norm}
+def _curve(totals: Totals, norm: float) -> dict[str, float]:
+    return {"loss": totals.mean, "tokens": totals.count, "gradient_norm": norm}
 
 
 def _tensors(folder: Path, step: int, what: str) -> Path:
@@ -124,13 +125,13 @@ def run_reference(proof: Proof, folder: Path) -> None:
     for step in range(proof.steps + 1):
         if step == proof.steps:
             _export(engine, folder / "hf")
-        loss_sum, tokens = engine.backward(_batches(plain, samples, step))
+        totals = engine.backward(_batches(plain, samples, step))
         gradients = whole_values(engine, gradient_value)
-        result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+        result = engine.update(totals, proof.optimizer.learning_rate)
         save_file(gradients, _tensors(folder, step + 1, "gradient"))
         parameters = whole_values(engine, parameter_value)
         save_file(parameters, _tensors(folder, step + 1, "parameter"))
-        curves.append(_curve(loss_sum, tokens, result.gradient_norm))
+        curves.append(_curve(totals, result.gradient_norm))
     write_json(folder / CURVES, curves)
     write_json(folder / TENSORS, sorted(parameters))
 
@@ -145,12 +146,12 @@ def run_layout(proof: Proof, reference: Path, folder: Path) -> None:
     engine = _engine(proof)
     fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
     for step in range(proof.steps):
-        loss_sum, tokens = engine.backward(_batches(proof, samples, step))
+        totals = engine.backward(_batches(proof, samples, step))
         complete_gradients(engine)
         found += _compared(engine, reference, step + 1, "gradient")
-        result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+        result = engine.update(totals, proof.optimizer.learning_rate)
         found += _compared(engine, reference, step + 1, "parameter")
-        curves.append(_curve(loss_sum, tokens, result.gradient_norm))
+        curves.append(_curve(totals, result.gradient_norm))
     consumed = proof.steps * proof.batch.global_
     state = TrainingState(step=proof.steps, consumed_samples=consumed)
     Checkpoints(folder / "checkpoints", keep=1).save(engine, state)
@@ -174,10 +175,10 @@ def resume_at_one_rank(proof: Proof, reference: Path, folder: Path) -> None:
     engine = _engine(alone)
     state = Checkpoints(folder / "checkpoints", keep=1).load(engine, proof.steps)
     found = _compared(engine, reference, state.step, "parameter")
-    loss_sum, tokens = engine.backward(_batches(alone, _samples(proof), state.step))
-    result = engine.update(loss_sum, tokens, proof.optimizer.learning_rate)
+    totals = engine.backward(_batches(alone, _samples(proof), state.step))
+    result = engine.update(totals, proof.optimizer.learning_rate)
     found += _compared(engine, reference, state.step + 1, "parameter")
-    curve = _curve(loss_sum, tokens, result.gradient_norm)
+    curve = _curve(totals, result.gradient_norm)
     answer = {"curves": [curve], "differences": [asdict(difference) for difference in found]}
     write_json(folder / "resumed.json", answer)
 

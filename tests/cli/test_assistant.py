@@ -1,4 +1,4 @@
-"""The shipped assistant: a real model is imported, learns a little, and answers."""
+"""A real model is imported, learns a little by the shipped recipes, answers, and is judged."""
 
 import importlib.util
 import json
@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ASSISTANT
+from tests.conftest import ASSISTANT, REWARD
 
-A_LITTLE = [
-    "stages.assistant.steps=2",
-    "stages.assistant.optimizer.warmup_steps=0",
-    "stages.assistant.batch={global: 2, micro: 1}",
-    "stages.assistant.validation.samples=2",
-    "stages.assistant.checkpoint.every=2",
-]
+A_LITTLE = {
+    "steps": "2",
+    "optimizer.warmup_steps": "0",
+    "batch": "{global: 2, micro: 1}",
+    "validation.samples": "2",
+    "checkpoint.every": "2",
+}
+
+
+def a_little(stage: str, model: Path, **more: str) -> list[str]:
+    """Overrides that leave little to do."""
+    settings = {**A_LITTLE, **more, "start_from": str(model)}
+    return [f"stages.{stage}.{key}={value}" for key, value in settings.items()]
 
 
 def llmscale(*arguments: object) -> str:
@@ -40,11 +46,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_the_assistant_is_taught_and_answers(model: Path, tmp_path: Path) -> None:
-    start = f"stages.assistant.start_from={model}"
-    shown = llmscale("show", ASSISTANT, start)
+    overrides = a_little("assistant", model)
+    shown = llmscale("show", ASSISTANT, *overrides)
     assert "method: lora" in shown
     run = tmp_path / "run"
-    told = json.loads(llmscale("run", ASSISTANT, start, *A_LITTLE, "--run-dir", run, "--json"))
+    told = json.loads(llmscale("run", ASSISTANT, *overrides, "--run-dir", run, "--json"))
     counts = told["metrics"]["assistant"]["examples"]["shakespeare"]
     assert counts["train"] + counts["validation"] == 589
     config = json.loads((run / "assistant/hf/adapter/adapter_config.json").read_text())
@@ -55,3 +61,22 @@ def test_the_assistant_is_taught_and_answers(model: Path, tmp_path: Path) -> Non
     )
     assert "Paris" in answer
     assert "<|im_" not in answer
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_reward_model_learns_from_ratings_and_ranks_answers(model: Path, tmp_path: Path) -> None:
+    overrides = a_little("reward", model, normalization_samples="2")
+    run, ranked = tmp_path / "run", tmp_path / "ranked.jsonl"
+    told = json.loads(llmscale("run", REWARD, *overrides, "--run-dir", run, "--json"))
+    counts = told["metrics"]["reward"]["examples"]["reviews"]
+    assert counts["train"] > 10_000 and counts["validation"] > 250
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Say something.\n")
+    answer = llmscale(
+        *("rank", model, "--prompts", prompts, "--reward", f"{run}:reward", "--best-of", 3),
+        *("--max-new-tokens", 4, "--out", ranked, "--json"),
+    )
+    [one] = json.loads(answer)["prompts"]
+    assert one["scores"] == sorted(one["scores"], reverse=True)
+    assert json.loads(ranked.read_text()) == one

@@ -25,7 +25,7 @@ def made(lengths: list[int]) -> list[Example]:
 def test_examples_are_read_as_they_were_written(lengths: list[int], tmp_path: Path) -> None:
     written = made(lengths)
     write_examples(written, tmp_path / "examples.safetensors")
-    read = Examples(tmp_path / "examples.safetensors")
+    read = Examples.read(tmp_path / "examples.safetensors")
     assert len(read) == len(written)
     assert read.lengths.tolist() == lengths
     for number, example in enumerate(written):
@@ -52,7 +52,7 @@ def test_an_epoch_has_every_example_once_and_each_epoch_its_own_order(
     packing: bool, tmp_path: Path
 ) -> None:
     write_examples(made([5, 3, 7, 2, 2, 8, 1, 4]), tmp_path / "examples.safetensors")
-    samples = ExampleSamples(Examples(tmp_path / "examples.safetensors"), 8, packing, seed=1)
+    samples = ExampleSamples(Examples.read(tmp_path / "examples.safetensors"), 8, packing, seed=1)
     orders = [
         [samples.number_at(epoch * len(samples) + place) for place in range(len(samples))]
         for epoch in range(3)
@@ -61,4 +61,4 @@ def test_an_epoch_has_every_example_once_and_each_epoch_its_own_order(
     assert len({tuple(order) for order in orders}) > 1
     assert sum(len(samples.sample(number)) for number in orders[0]) == 8
     for number in range(len(samples)):
-        assert samples.length(number) == sum(map(len, samples.sample(number)))
+        assert samples.tokens(number) == sum(map(len, samples.sample(number)))

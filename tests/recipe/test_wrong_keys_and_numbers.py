@@ -19,6 +19,7 @@ NAME = "own"
 """Of what a recipe gives names to."""
 STAGES = {"prepare": "corpus", "evaluate": "evaluation"}
 MAY_BE_ZERO = {
+    "centering",
     "gpus_per_node",
     "restarts",
     "balance_coefficient",
@@ -117,14 +118,16 @@ def plain(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     training = values["stages"]["pretrain"]
     training["batch"]["ramp"] = {"start": 8, "increment": 8, "samples": 100}
     training["curriculum"] = [{}]
-    values["stages"]["finetune"] = {
-        "kind": "finetune",
-        "start_from": "pretrain",
-        "data": {NAME: {"path": str(file)}},
-        "batch": {"global": 8, "micro": 1},
-        "optimizer": {"learning_rate": 1e-3},
-        "steps": 10,
-    }
+    for kind in ("finetune", "reward", "dpo"):
+        values["stages"][kind] = {
+            "kind": kind,
+            "start_from": "pretrain",
+            "data": {NAME: {"path": str(file)}},
+            "batch": {"global": 8, "micro": 1},
+            "optimizer": {"learning_rate": 1e-3},
+            "steps": 10,
+        }
+    values["stages"]["reward"]["data"][NAME]["compare"] = {"difference": 1.0}
     return values
 
 

@@ -165,7 +165,7 @@ def step_of_one_token(job: Job, rank: int, rendezvous: str) -> None:
         mask = batch.mask_bs * 0
         mask[0, 0] = 1
         result = engine.train_step([replace(batch, mask_bs=mask)], 1e-3)
-        answer = {"loss": result.loss, "norm": result.gradient_norm, "tokens": result.tokens}
+        answer = {"loss": result.loss, "norm": result.gradient_norm, "tokens": result.count}
         ranks.answer(job, rank, answer)
 
 

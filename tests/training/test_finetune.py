@@ -2,13 +2,9 @@
 
 import copy
 import json
-import os
 import random
-import re
 import shutil
-import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from llmscale.artifacts import RunFolder, StageFolder
+from llmscale.artifacts import RunFolder
 from llmscale.data.chat import Example, prompt_text
 from llmscale.data.conversations import Turn
 from llmscale.data.templates import TEMPLATES
@@ -36,7 +32,7 @@ from llmscale.stages.finetune import Finetune
 from llmscale.training.adapters import with_adapter
 from llmscale.training.settings import Adapter
 from tests.models_on_disk import WORDS, small_llama
-from tests.ranks import run_recipe
+from tests.ranks import kill_a_rank_after, run_recipe
 
 STEPS, LEARNING_RATE, CLIP = 4, 3e-3, 0.5
 RECIPE = """
@@ -356,15 +352,6 @@ def test_a_killed_run_goes_on_to_the_same_curve(
     for (loss, norm), (true_loss, true_norm) in zip(logged(run), logged(whole), strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)
         assert norm == pytest.approx(true_norm, rel=1e-4)
-
-
-def kill_a_rank_after(stage: StageFolder, step: int) -> None:
-    """Kills rank 0 once it has logged so many steps."""
-    while sum("loss" in line for line in stage.metrics()) < step:
-        time.sleep(0.02)
-    said = stage.log_file(0).read_text()
-    rank = int(re.findall(r"train: rank 0 of \d+, process (\d+)", said)[-1])
-    os.kill(rank, signal.SIGKILL)
 
 
 def weights(run: RunFolder) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from llmscale.models import cross_entropy, router, shards
 from llmscale.parallel import context
-from llmscale.training import checkpoint, megatron_engine, objectives
+from llmscale.training import batches, checkpoint, megatron_engine, objectives
 from llmscale.verify import runs
 
 finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
@@ -39,7 +39,7 @@ def loss_averaged_over_ranks() -> Iterator[None]:
         total = (losses_bs * mask_bs).sum() / mask_bs.sum() * mask_bs.numel()
         return total, torch.tensor(mask_bs.numel(), dtype=torch.int)
 
-    with patch.object(megatron_engine, "masked_sum", mean):
+    with patch.object(batches, "masked_sum", mean):
         yield
 
 

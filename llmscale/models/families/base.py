@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from llmscale.models.architecture import Architecture
+from llmscale.models.score_head import HEAD, initial_std
 from llmscale.models.shards import Form, QueryKeyValue, Replicated, Split, Stacked, Vocabulary
 from llmscale.models.weights import Weight
 
@@ -37,6 +38,9 @@ class Rules(ABC):
         for theirs, ours in TRANSFORMER_ENGINE_NAMES.items():
             name = name.replace(theirs, ours)
         name = GROUPED_EXPERTS.sub(r".experts.local_experts.\2.\1.weight", name)
+        if name == "output_layer.weight" and self.architecture.scored:
+            heads, hidden = len(self.architecture.scored), self.architecture.hidden_size
+            return self.replicated(HEAD, (heads, hidden), initial_std(hidden))
         if name.startswith("decoder.layers."):
             _, _, layer, part = name.split(".", 3)
             module, kind = part.rsplit(".", 1)
