@@ -11,7 +11,7 @@ import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import MachineError, RecipeError
 from llmscale.models.architecture import FAMILIES
-from llmscale.models.huggingface_config import virtual_tokens_beside
+from llmscale.models.huggingface_config import SCORES_TEXTS, virtual_tokens_beside
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
@@ -33,6 +33,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
         traits = FAMILIES.get(config.model_type)
         if traits is not None and traits.objective != "causal":
             raise ValueError(f"{config.model_type} does not go on from a text")
+        if any(name.endswith(SCORES_TEXTS) for name in config.architectures or ()):
+            raise ValueError("it scores texts, and does not go on from one")
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
         )

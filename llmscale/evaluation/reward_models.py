@@ -1,4 +1,4 @@
-"""Scores of texts by a reward model, or by any classifier of transformers.
+"""Scores of texts by a reward model, or by any decoder of transformers that classifies texts.
 
 Shape legend: t texts, k heads.
 """
@@ -62,6 +62,9 @@ class RewardModel:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             cause = str(error).strip().splitlines()[0]
             raise RecipeError(f"{folder}: cannot be loaded: {cause}") from None
+        if not hasattr(self.model, "score"):
+            kind = self.model.config.model_type
+            raise RecipeError(f"{folder}: {kind} is no decoder; give a stage of kind reward")
         self.model.to(device).eval()
         labels = self.model.config.id2label
         self.heads = tuple(str(labels[number]) for number in sorted(labels))

@@ -101,11 +101,13 @@ def built_engine(
 
     if first.folder is None or is_import(first.folder):
         raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")
-    weights = _WithHead(HuggingFaceWeights(first.folder), model.architecture, first.seed)
+    head = None
+    if model.architecture.scored:
+        head = _WithHead(HuggingFaceWeights(first.folder), model.architecture, first.seed)[HEAD]
     loaded = loaded_model(
         first.folder,
         model.architecture,
-        weights,
+        head,
         stage.zero,
         stage.recompute,
         device,

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,16 +88,16 @@ class _Reading:
     encoder: Encoder
     forms: Sequence[FormName]
     intake: Intake
-    contradictions: Contradictions = field(default_factory=Contradictions)
 
     def judgements(self, one: JudgedData, on_file: Callable[[Path], None]) -> list[Encoded]:
         """Those of a data set that can be used."""
         made: list[Encoded] = []
+        contradictions = Contradictions()
         for file in one.files():
             on_file(file)
             for place, read in self.intake.made(lambda record: self._encoded(record, one), file):
                 try:
-                    self.contradictions.check(place, read.judgement)
+                    contradictions.check(place, read.judgement)
                 except Malformed as problem:
                     self.intake.refuse(place, problem)
                 else:

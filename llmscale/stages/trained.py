@@ -51,6 +51,12 @@ class TrainedStage(Stage):
         self, architecture: Architecture, cluster: ClusterSettings, sequence_length: int | None
     ) -> Iterator[Problem]:
         """What of layout, batch, engine and precision does not fit the model or the cluster."""
+        if architecture.scored and self.kind != "reward":
+            yield Problem(
+                ("start_from",),
+                "is a model that scores texts, and does not go on from one; use what it was "
+                "trained from",
+            )
         misfits = [
             *architecture.layout_problems(self.parallel, sequence_length),
             *self.parallel.problems(ranks=cluster.ranks),

@@ -23,9 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
-from llmscale.models.huggingface import TensorSource
 from llmscale.models.huggingface_config import scoring_config
-from llmscale.models.score_head import HEAD
 from llmscale.training.adapters import (
     adapter_weights,
     is_adapted,
@@ -80,7 +78,7 @@ def deepspeed_settings(zero: Zero, gradient_clip: float) -> dict[str, Any]:
 def loaded_model(
     folder: Path,
     architecture: Architecture,
-    weights: TensorSource,
+    head: Tensor | None,
     zero: Zero,
     recompute: Recompute,
     device: str,
@@ -89,7 +87,7 @@ def loaded_model(
     """A Hugging Face folder's model in fp32; under ZeRO 3, but for T5, never whole on a rank.
 
     Args:
-        weights: where the head of a model that scores texts is taken from.
+        head: of a model that scores texts, ``[heads, hidden]``.
         quantized: how transformers is to quantize it while it loads.
 
     Raises:
@@ -122,8 +120,8 @@ def loaded_model(
         raise RecipeError(f"{folder}: cannot be loaded: {cause}") from None
     finally:
         del partitioning
-    if architecture.scored:
-        _let_score_every_token(model, weights[HEAD], partitioned)
+    if head is not None:
+        _let_score_every_token(model, head, partitioned)
     if recompute == "full":
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     return model.train() if partitioned or quantized else model.to(device).train()

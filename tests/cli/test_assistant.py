@@ -80,3 +80,7 @@ def test_a_reward_model_learns_from_ratings_and_ranks_answers(model: Path, tmp_p
     [one] = json.loads(answer)["prompts"]
     assert one["scores"] == sorted(one["scores"], reverse=True)
     assert json.loads(ranked.read_text()) == one
+    command = [sys.executable, "-m", "llmscale", "generate", f"{run}:reward", "--prompt", "a"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2
+    assert "it scores texts, and does not go on from one" in refused.stderr

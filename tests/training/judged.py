@@ -131,11 +131,6 @@ def logged(run: RunFolder) -> Curve:
     return [(line["loss"], line["gradient_norm"]) for line in lines if "loss" in line]
 
 
-def layout(name: str) -> list[str]:
-    """The overrides of a way to train."""
-    return LAYOUTS[name]
-
-
 def _megatron(ranks: int, parallel: str) -> list[str]:
     return [f"cluster.ranks_per_node={ranks}", f"stages.judged.parallel={parallel}"]
 
