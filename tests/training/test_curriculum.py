@@ -130,8 +130,8 @@ def test_no_sample_is_read_twice_before_its_corpus_is_read_whole() -> None:
     for step in range(9):
         now = data.at(step, consumed)
         tokens_bs = now.batch(now.places, CPU).tokens_bs
-        assert tokens_bs.shape == (now.size, now.sequence_length)
-        if now.sequence_length == 16:
+        assert tokens_bs.shape == (now.size, now.row_lengths[0])
+        if now.row_lengths[0] == 16:
             read += [now.samples.name(place) for place in now.places]
         consumed += now.size
     assert len(read) == len(set(read)) == 22 + 24
