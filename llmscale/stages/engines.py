@@ -97,7 +97,8 @@ def built_engine(
     if model.adapter is not None and model.adapter.quantized:
         require_quantization()
     from llmscale.training.adapters import quantization, with_adapter
-    from llmscale.training.deepspeed_engine import DeepSpeedEngine, loaded_model
+    from llmscale.training.deepspeed_engine import DeepSpeedEngine
+    from llmscale.training.deepspeed_model import loaded_model
 
     if first.folder is None or is_import(first.folder):
         raise RecipeError(f"{first.folder}: engine deepspeed starts from a Hugging Face folder")

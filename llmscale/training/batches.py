@@ -108,6 +108,15 @@ class TextBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WholeTextBatch(TextBatch):
+    """Texts of which each is judged as a whole: recipes refuse to split them over a sequence."""
+
+    def part(self, rank: int, ranks: int) -> Self:
+        assert ranks == 1, "a text that is judged as a whole is on one context-parallel rank"
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictedTokens:
     """What is to be predicted at each token, and which predictions count."""
 

@@ -16,7 +16,7 @@ from llmscale.training.batches import ModelBatch
 from llmscale.training.engine import Engine
 from llmscale.training.loop import own_numbers
 from llmscale.training.preferences import answer_batch
-from llmscale.training.rewards import text_batch
+from llmscale.training.rewards import Regression
 from llmscale.training.rows import RowForm
 
 PASSES = 8
@@ -29,12 +29,15 @@ def group_scores(
 ) -> np.ndarray:
     """The scores of all texts ``[t, k]``, one group after another; collective."""
     texts = [text for group in groups for text in group.texts]
+    unjudged = Regression(form, mean=(0.0,), spread=(1.0,))
     return _values(
         engine,
         texts,
         form,
         micro_batch,
-        make=lambda own, length: text_batch(form, own, length, engine.device),
+        make=lambda own, length: unjudged.batch(
+            [Group((text,), target=0.0) for text in own], length, engine.device
+        ),
         value=lambda batch, outputs: batch.scores(outputs),
     )
 

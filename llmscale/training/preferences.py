@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmscale.data.chat import Example
 from llmscale.data.groups import Group
-from llmscale.training.batches import LossSum, ModelBatch, TextBatch, no_figures
+from llmscale.training.batches import LossSum, ModelBatch, WholeTextBatch, no_figures
 from llmscale.training.engine import Engine
 from llmscale.training.preference_losses import (
     direct_preference,
@@ -25,7 +25,7 @@ PairLoss = Literal["sigmoid", "ipo"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerBatch(TextBatch):
+class AnswerBatch(WholeTextBatch):
     """Texts with their answers, of which the model's probability is wanted.
 
     ``reference_b`` are the reference's log-probabilities; ``counts_b`` says which texts count.
@@ -57,11 +57,6 @@ class AnswerBatch(TextBatch):
     def counting(self, counts: Tensor) -> Self:
         rows = self.samples // len(counts)
         return replace(self, counts_b=self.counts_b * counts.repeat_interleave(rows))
-
-    def part(self, rank: int, ranks: int) -> Self:
-        if ranks > 1:
-            raise NotImplementedError("an answer is not split over context-parallel ranks")
-        return self
 
     def _sum(self, values_b: Tensor) -> Tensor:
         return torch.where(self.counts_b > 0, values_b * self.counts_b, 0.0).sum()

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from llmscale.data.chat import Example
 from llmscale.data.groups import Group
-from llmscale.training.batches import LossSum, TextBatch, no_figures
+from llmscale.training.batches import LossSum, WholeTextBatch, no_figures
 from llmscale.training.preference_losses import bradley_terry, centering
 from llmscale.training.rows import RowForm
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredBatch(TextBatch):
+class ScoredBatch(WholeTextBatch):
     """Texts that a model is to score; ``counts_g`` says which groups count."""
 
     last_b: Tensor
@@ -38,11 +38,6 @@ class ScoredBatch(TextBatch):
 
     def counting(self, counts: Tensor) -> Self:
         return replace(self, counts_g=self.counts_g * counts)
-
-    def part(self, rank: int, ranks: int) -> Self:
-        if ranks > 1:
-            raise NotImplementedError("a text's score is not split over context-parallel ranks")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +87,6 @@ class RegressionBatch(ScoredBatch):
         squares_g = (scores_g - self.target_g).square()
         total = torch.where(self.counts_g > 0, squares_g * self.counts_g, 0.0).sum()
         return LossSum(total, self.count, no_figures(outputs))
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnjudgedBatch(ScoredBatch):
-    """Texts of which only the scores are wanted."""
-
-    figures: ClassVar[tuple[str, ...]] = ()
-
-    def loss(self, outputs: Tensor) -> LossSum:
-        raise NotImplementedError("nobody judged these texts")
 
 
 @dataclass(frozen=True)
@@ -164,14 +149,6 @@ class Regression:
             target_g=torch.tensor(targets, dtype=torch.float32, device=device),
             head_g=torch.tensor([group.head for group in samples], device=device),
         )
-
-
-def text_batch(
-    form: RowForm, texts: Sequence[Example], length: int, device: torch.device
-) -> UnjudgedBatch:
-    """Texts to be scored alone, in rows of that length."""
-    rows = _rows(form, [[text] for text in texts], length, device)
-    return UnjudgedBatch(**rows, counts_g=torch.ones(len(texts), device=device))
 
 
 def _rows(
