@@ -275,7 +275,7 @@ def adapter_gradients(job: Job, rank: int, rendezvous: str) -> None:
                     part.parameter.copy_(part.form.split([drawn[part.name]], *place))
             logits = engine.logits(tokens_alone(torch.tensor(windows[:, :-1])))
             each = [Causal().batch(windows[[row]], [], world.device) for row in range(len(windows))]
-            loss, tokens = engine.backward(each)
+            totals = engine.backward(each)
             found = {}
             for part in parts:
                 part.parameter.data = part.parameter.main_grad
@@ -284,5 +284,5 @@ def adapter_gradients(job: Job, rank: int, rendezvous: str) -> None:
                 found["logits"] = logits.contiguous()
             if layout.pipeline > 1 or world.first:
                 save_file(found, source / f"found-{rank}.safetensors")
-            losses[name] = loss / tokens
+            losses[name] = totals.mean
         ranks.answer(job, rank, losses)
