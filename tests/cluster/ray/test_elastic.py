@@ -16,7 +16,7 @@ LONGER = [
     *SMALL,
     "stages.pretrain.steps=200",
     "stages.pretrain.optimizer.learning_rate=3e-4",  # at 3e-3, rounding alone grows to 1e-4
-    "stages.pretrain.checkpoint={every: 40, keep: 2}",
+    "stages.pretrain.checkpoint={every: 1, keep: 2}",  # which takes long enough for a node to start
 ]
 ON_ONE_RANK = ["cluster.ranks_per_node=1", "stages.pretrain.parallel={}"]
 ELASTIC = [
