@@ -167,8 +167,8 @@ def shared_embedding_counted_twice() -> Iterator[None]:
 def one_rank_at_another_learning_rate() -> Iterator[None]:
     update = megatron_engine.MegatronEngine.update
 
-    def other(self: Any, loss: float, tokens: int, rate: float) -> Any:
-        return update(self, loss, tokens, rate * (1.1 if dist.get_rank() == 1 else 1.0))
+    def other(self: Any, totals: Any, rate: float) -> Any:
+        return update(self, totals, rate * (1.1 if dist.get_rank() == 1 else 1.0))
 
     with patch.object(megatron_engine.MegatronEngine, "update", other):
         yield
