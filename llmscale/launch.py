@@ -63,7 +63,7 @@ class Request:
     def pipeline(self, console: Console | None = None) -> Pipeline:
         """The run's stages, on this machine."""
         display = ConsoleDisplay(console or Console(quiet=True), self.folder)
-        cluster: Cluster = LocalCluster(run_rank, display.tick)
+        cluster: Cluster = LocalCluster(run_rank, display.tick, self.recipe.imports())
         if self.folder.mirror is not None:
             cluster = CarryingCluster(cluster)
         return Pipeline(self.recipe, self.folder, cluster, display)

@@ -1,13 +1,14 @@
 """Running a function on real ranks of this machine, for tests.
 
-The ranks are the product's own local ranks, forked from one process that imported torch,
-so that starting eight of them takes about a second.
+The ranks are the product's own local ranks, forked from one process that imported torch
+and what else they need, so that starting eight of them takes about a second.
 """
 
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -21,12 +22,21 @@ from llmscale.clusters.local import LocalCluster
 from llmscale.clusters.process import Entry
 from llmscale.parallel.layout import Layout
 
+IMPORTS = (
+    "_pytest.config",
+    "llmscale.rank",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "llmscale.training.deepspeed_engine",
+)
+"""Imported once for all tests' ranks: what one recipe or another needs."""
+
 
 def run_ranks(program: Entry, ranks: int, folder: Path, **settings: Any) -> Any:
     """Runs ``program`` on that many ranks; returns what rank 0 gave to ``answer``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)
-    LocalCluster(program).run(Job(folder, "stage", Task("test", ranks)))
+    LocalCluster(program, imports=IMPORTS).run(Job(folder, "stage", Task("test", ranks)))
     return json.loads((folder / "answer.json").read_text())
 
 
@@ -48,6 +58,15 @@ def kill_a_rank_after(stage: StageFolder, step: int) -> None:
     said = stage.log_file(0).read_text()
     rank = int(re.findall(r"train: rank 0 of \d+, process (\d+)", said)[-1])
     os.kill(rank, signal.SIGKILL)
+
+
+def cut_off_after(stage: StageFolder, step: int) -> None:
+    """Makes a finished stage what a kill leaves: no later checkpoint, and metrics that went on."""
+    for checkpoint in stage.checkpoints.glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(stage.hf)
+    stage.update_manifest(status="running")
 
 
 @contextmanager
@@ -89,6 +108,7 @@ def run_recipe(
     from llmscale.recipe.recipe import load_recipe
 
     run_folder = RunFolder(folder)
-    pipeline = Pipeline(load_recipe(recipe, overrides), run_folder, LocalCluster(run_rank), Quiet())
+    cluster = LocalCluster(run_rank, imports=IMPORTS)
+    pipeline = Pipeline(load_recipe(recipe, overrides), run_folder, cluster, Quiet())
     pipeline.run(only)
     return run_folder

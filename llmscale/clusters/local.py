@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llmscale.artifacts import RunFolder, StageFolder
 from llmscale.clusters.base import Job
+from llmscale.clusters.devices import cuda_present
 from llmscale.clusters.failures import first_cause, forget_failures
 from llmscale.clusters.process import Entry, run_as_rank
 from llmscale.clusters.stops import Stops
@@ -29,6 +30,7 @@ from llmscale.errors import Interrupted, StageError
 OPTIMIZER_IMPORTS = "torch._dynamo"
 """In its first step, for a second."""
 PRELOADED = ["llmscale.quiet", "llmscale.stages.train_rank", OPTIMIZER_IMPORTS]
+"""What every rank needs."""
 SECONDS_FOR_OTHERS_ERRORS = 1.0
 POLL_SECONDS = 0.1
 GO_ON = "interrupted; run the same command again to go on"
@@ -41,10 +43,13 @@ class LocalCluster:
     Args:
         entry: what each rank runs, given the job, its rank and the rendezvous address.
         on_tick: called some times a second while ranks run.
+        imports: modules that many ranks need besides, and that take long to import. With a GPU
+            they are left to the ranks: some ask for it, and a process forked after that has none.
     """
 
     entry: Entry
     on_tick: Callable[[], None] = lambda: None
+    imports: Sequence[str] = ()
 
     def run(self, job: Job) -> None:
         """Starts the job's ranks and returns when all have ended well.
@@ -54,7 +59,8 @@ class LocalCluster:
             Interrupted: if the ranks were asked to stop, and did.
         """
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        more = () if cuda_present() else self.imports
+        context.set_forkserver_preload([*PRELOADED, self.entry.__module__, *more])
         _start_fork_server()
         folder = RunFolder(job.run_folder).stage(job.stage)
         forget_failures(folder)

@@ -95,6 +95,10 @@ class Recipe(Settings):
         found = member_documents(document, self.sweep) if self.sweep else ()
         return [_validate(member, Path()) for _chosen, member in found]
 
+    def imports(self) -> list[str]:
+        """What the ranks of the stages import that takes long."""
+        return sorted({module for stage in self.stages.values() for module in stage.imports()})
+
     def _link_problems(self) -> Iterator[Problem]:
         for name, stage in self.stages.items():
             for path, target, link in stage.named():

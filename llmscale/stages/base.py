@@ -70,6 +70,8 @@ def _stage_or_folder(name: str, info: ValidationInfo) -> str:
     return folder if is_folder(folder) else name
 
 
+TOKENIZERS = "transformers.models.auto.tokenization_auto"
+"""The module that every stage needs which reads texts as tokens."""
 MODEL_FILES = ("config.json",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -156,6 +158,10 @@ class Stage(Settings):
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
         """The starts this stage needs, in order."""
         return (Task("run"),)
+
+    def imports(self) -> tuple[str, ...]:
+        """Modules that its ranks import and that take seconds, besides torch and megatron-core."""
+        return (TOKENIZERS,)
 
     def run(self, task: str, workspace: Workspace) -> None:
         """What one rank of one task does; importing torch is its own affair."""

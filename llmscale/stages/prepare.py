@@ -46,6 +46,9 @@ class Prepare(Stage):
             [str(file), *version_of(file)] for source in self.sources_ for file in source.files()
         ]
 
+    def imports(self) -> tuple[str, ...]:
+        return ()
+
     def run(self, task: str, workspace: Workspace) -> None:
         files = [(file, source) for source in self.sources_ for file in source.files()]
 

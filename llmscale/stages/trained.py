@@ -47,6 +47,10 @@ class TrainedStage(Stage):
         how = TrainedStage.model_fields.keys() - Stage.model_fields.keys()
         return dict(sorted(plain.items(), key=lambda item: item[0] in how))
 
+    def imports(self) -> tuple[str, ...]:
+        own = ("llmscale.training.deepspeed_engine",) if self.engine == "deepspeed" else ()
+        return (*super().imports(), *own)
+
     def training_problems(
         self, architecture: Architecture, cluster: ClusterSettings, sequence_length: int | None
     ) -> Iterator[Problem]:
