@@ -19,31 +19,26 @@ LENGTHS = (9, 14, 5, 4)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("layout", [{}, {"context": 2}, {"tensor": 2, "context": 2}], ids=str)
-def test_each_document_has_the_logits_it_has_alone(
-    name: str, layout: dict[str, Any], tmp_path: Path
-) -> None:
-    model = saved(tmp_path / "in", TINY[name])
+def test_each_document_has_the_logits_it_has_alone(layout: dict[str, Any], tmp_path: Path) -> None:
+    models = {name: saved(tmp_path / name, TINY[name]) for name in ("llama", "gpt2")}
     random = torch.Generator().manual_seed(1)
     documents = [torch.randint(1, 301, (length,), generator=random) for length in LENGTHS]
     for document in documents[:-1]:
         document[-1] = DOCUMENT_END
-    window = torch.cat([*documents, torch.tensor([7])])
-    run_ranks(
-        programs.huggingface_round_trip,
-        layout_ranks(layout),
-        tmp_path / "run",
-        source=str(tmp_path / "in"),
-        layout=layout,
-        window=window.tolist(),
-        document_end=DOCUMENT_END,
-        file=str(tmp_path / "out.safetensors"),
-    )
-    ours = load_file(tmp_path / "out.safetensors")["logits"][0]
-    with torch.no_grad():
-        alone = torch.cat([model(document[None]).logits[0] for document in documents])
-    torch.testing.assert_close(ours, alone, atol=1e-4, rtol=0)
+    window = torch.cat([*documents, torch.tensor([7])]).tolist()
+    cases = [
+        {"source": str(tmp_path / name), "file": str(tmp_path / f"{name}.safetensors")}
+        | {"window": window, "document_end": DOCUMENT_END}
+        for name in models
+    ]
+    ranks = layout_ranks(layout)
+    run_ranks(programs.huggingface_round_trips, ranks, tmp_path / "run", layout=layout, cases=cases)
+    for name, model in models.items():
+        ours = load_file(tmp_path / f"{name}.safetensors")["logits"][0]
+        with torch.no_grad():
+            alone = torch.cat([model(document[None]).logits[0] for document in documents])
+        torch.testing.assert_close(ours, alone, atol=1e-4, rtol=0, msg=name)
 
 
 def test_the_first_token_of_a_document_is_not_predicted_from_the_one_before() -> None:

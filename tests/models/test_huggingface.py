@@ -67,11 +67,13 @@ EXPERT_LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2, "sequence": True, "expert": 2, "data": 2, "pipeline": 2},
     {"context": 2, "expert": 2},
 ]
-CASES = [
-    *((name, layout) for name in TINY if name != "mixtral" for layout in LAYOUTS),
-    *(("mixtral", layout) for layout in [{}, *EXPERT_LAYOUTS]),
-    ("bert", {"tensor": 2, "sequence": True, "pipeline": 2, "data": 2}),
+DENSE = [name for name in TINY if name != "mixtral"]
+CASES: list[tuple[dict[str, Any], list[str]]] = [
+    *((layout, DENSE) for layout in LAYOUTS),
+    *((layout, ["mixtral"]) for layout in [{}, *EXPERT_LAYOUTS]),
+    ({"tensor": 2, "sequence": True, "pipeline": 2, "data": 2}, ["bert"]),
 ]
+"""Layouts, each with the models that go in and out there, in one world."""
 
 
 def loader(config: Any) -> Any:
@@ -95,35 +97,44 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "names"), CASES, ids=lambda value: value[0] if isinstance(value, list) else None
+)
 def test_logits_equal_those_of_transformers_and_the_export_is_exact(
-    name: str, layout: dict[str, Any], tmp_path: Path
+    layout: dict[str, Any], names: list[str], tmp_path: Path
 ) -> None:
-    model = saved(tmp_path / "in", TINY[name])
     tokens = torch.randint(0, 301, (2, 32), generator=torch.Generator().manual_seed(1))
-    run_ranks(
-        programs.huggingface_round_trip,
-        layout_ranks(layout),
-        tmp_path / "run",
-        source=str(tmp_path / "in"),
-        layout=layout,
-        tokens=tokens.tolist(),
-        file=str(tmp_path / "logits.safetensors"),
-        exported=str(tmp_path / "out"),
-    )
+    models = {name: saved(tmp_path / name / "in", TINY[name]) for name in names}
+    cases = [
+        {
+            "source": str(tmp_path / name / "in"),
+            "tokens": tokens.tolist(),
+            "file": str(tmp_path / name / "logits.safetensors"),
+            "exported": str(tmp_path / name / "out"),
+        }
+        for name in names
+    ]
+    ranks = layout_ranks(layout)
+    run_ranks(programs.huggingface_round_trips, ranks, tmp_path / "run", layout=layout, cases=cases)
+    for name, model in models.items():
+        check_round_trip(name, model, tokens, tmp_path / name)
+
+
+def check_round_trip(name: str, model: Any, tokens: torch.Tensor, folder: Path) -> None:
+    """What ranks made of the model in ``in``: its logits, and itself in ``out``."""
     with torch.no_grad():
         expected = model(tokens).logits
-    ours = load_file(tmp_path / "logits.safetensors")["logits"]
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
-    before, after = tensors(tmp_path / "in"), tensors(tmp_path / "out")
-    assert before.keys() == after.keys()
-    assert all(before[n].equal(after[n]) for n in before)
+    ours = load_file(folder / "logits.safetensors")["logits"]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0, msg=name)
+    before, after = tensors(folder / "in"), tensors(folder / "out")
+    assert before.keys() == after.keys(), name
+    assert all(before[n].equal(after[n]) for n in before), name
     loaded, found = loader(model.config).from_pretrained(
-        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+        folder / "out", attn_implementation="eager", output_loading_info=True
     )
-    assert not any(found.values()), found
+    assert not any(found.values()), (name, found)
     with torch.no_grad():
-        assert loaded(tokens).logits.equal(expected)
+        assert loaded(tokens).logits.equal(expected), name
 
 
 @pytest.mark.ranks

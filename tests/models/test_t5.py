@@ -65,36 +65,38 @@ def loaded(folder: Path) -> T5ForConditionalGeneration:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_logits_equal_those_of_transformers_and_the_export_is_exact(
-    version: str, layout: dict[str, Any], tmp_path: Path
+    layout: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = saved(tmp_path / "in", version)
+    models = {version: saved(tmp_path / version / "in", version) for version in VERSIONS}
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randint(0, 301, (2, 32), generator=generator)
     targets = torch.randint(0, 301, (2, 16), generator=generator)
-    run_ranks(
-        programs.huggingface_round_trip,
-        layout_ranks(layout),
-        tmp_path / "run",
-        source=str(tmp_path / "in"),
-        layout=layout,
-        inputs=inputs.tolist(),
-        targets=targets.tolist(),
-        file=str(tmp_path / "logits.safetensors"),
-        exported=str(tmp_path / "out"),
-    )
-    with torch.no_grad():
-        expected = model(input_ids=inputs, decoder_input_ids=targets).logits
-    ours = load_file(tmp_path / "logits.safetensors")["logits"]
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
-    before, after = tensors(tmp_path / "in"), tensors(tmp_path / "out")
-    assert before.keys() == after.keys()
-    assert all(before[n].equal(after[n]) for n in before)
-    with torch.no_grad():
-        again = loaded(tmp_path / "out")(input_ids=inputs, decoder_input_ids=targets).logits
-    assert again.equal(expected)
+    cases = [
+        {
+            "source": str(tmp_path / version / "in"),
+            "inputs": inputs.tolist(),
+            "targets": targets.tolist(),
+            "file": str(tmp_path / version / "logits.safetensors"),
+            "exported": str(tmp_path / version / "out"),
+        }
+        for version in VERSIONS
+    ]
+    ranks = layout_ranks(layout)
+    run_ranks(programs.huggingface_round_trips, ranks, tmp_path / "run", layout=layout, cases=cases)
+    for version, model in models.items():
+        folder = tmp_path / version
+        with torch.no_grad():
+            expected = model(input_ids=inputs, decoder_input_ids=targets).logits
+        ours = load_file(folder / "logits.safetensors")["logits"]
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0, msg=version)
+        before, after = tensors(folder / "in"), tensors(folder / "out")
+        assert before.keys() == after.keys(), version
+        assert all(before[n].equal(after[n]) for n in before), version
+        with torch.no_grad():
+            again = loaded(folder / "out")(input_ids=inputs, decoder_input_ids=targets).logits
+        assert again.equal(expected), version
 
 
 @pytest.mark.parametrize("version", VERSIONS)

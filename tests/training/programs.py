@@ -39,35 +39,50 @@ def huggingface_round_trip(job: Job, rank: int, rendezvous: str) -> None:
     given = ranks.settings(job)
     layout = Layout(**given["layout"])
     with ranks.joined(job, rank, rendezvous, layout) as world:
-        import numpy as np
-        from megatron.core import parallel_state
-        from safetensors.torch import save_file
+        ranks.answer(job, rank, _round_trip(given, layout, world))
 
-        from llmscale.models.huggingface import HuggingFaceWeights, export, fill
-        from llmscale.models.huggingface_config import read_architecture, read_vocabulary
-        from llmscale.training.megatron_engine import MegatronEngine
-        from llmscale.training.objectives import Causal
-        from llmscale.training.settings import Optimizer
 
-        source = Path(given["source"])
-        architecture, vocabulary = read_architecture(source), read_vocabulary(source)
-        optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
-        engine = MegatronEngine(architecture, vocabulary, layout, optimizer)
-        fill(engine.chunks, architecture, vocabulary, HuggingFaceWeights(source))
-        logits = engine.logits(_looked_at(given, world.device))
-        first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        if logits is not None and first and parallel_state.get_tensor_model_parallel_rank() == 0:
-            save_file({"logits": logits.contiguous()}, given["file"])
-        if "exported" in given:
-            _export(engine, Path(given["exported"]), world.first, export)
-        losses = []
-        for step in range(given.get("steps", 0)):
-            windows = [np.array([given["tokens"][0]] * len(p)) for p in _places(step, 2, 1)]
-            batches = [Causal().batch(window, [], world.device) for window in windows]
-            losses.append(engine.train_step(batches, 1e-4).loss)
-        if losses:
-            _export(engine, Path(given["trained"]), world.first, export)
-        ranks.answer(job, rank, losses)
+def huggingface_round_trips(job: Job, rank: int, rendezvous: str) -> None:
+    """The same with several folders, one after the other at one layout."""
+    given = ranks.settings(job)
+    layout = Layout(**given["layout"])
+    with ranks.joined(job, rank, rendezvous, layout) as world:
+        for case in given["cases"]:
+            _round_trip(case, layout, world)
+        ranks.answer(job, rank, "done")
+
+
+def _round_trip(given: dict[str, Any], layout: Layout, world: Any) -> list[float]:
+    """The losses of the steps."""
+    import numpy as np
+    from megatron.core import parallel_state
+    from safetensors.torch import save_file
+
+    from llmscale.models.huggingface import HuggingFaceWeights, export, fill
+    from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+    from llmscale.training.megatron_engine import MegatronEngine
+    from llmscale.training.objectives import Causal
+    from llmscale.training.settings import Optimizer
+
+    source = Path(given["source"])
+    architecture, vocabulary = read_architecture(source), read_vocabulary(source)
+    optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
+    engine = MegatronEngine(architecture, vocabulary, layout, optimizer)
+    fill(engine.chunks, architecture, vocabulary, HuggingFaceWeights(source))
+    logits = engine.logits(_looked_at(given, world.device))
+    first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    if logits is not None and first and parallel_state.get_tensor_model_parallel_rank() == 0:
+        save_file({"logits": logits.contiguous()}, given["file"])
+    if "exported" in given:
+        _export(engine, Path(given["exported"]), world.first, export)
+    losses = []
+    for step in range(given.get("steps", 0)):
+        windows = [np.array([given["tokens"][0]] * len(p)) for p in _places(step, 2, 1)]
+        batches = [Causal().batch(window, [], world.device) for window in windows]
+        losses.append(engine.train_step(batches, 1e-4).loss)
+    if losses:
+        _export(engine, Path(given["trained"]), world.first, export)
+    return losses
 
 
 def _looked_at(given: dict[str, Any], device: Any) -> Any:
