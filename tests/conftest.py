@@ -8,6 +8,7 @@ import pytest
 
 from llmscale.parallel.exchange import CORES_VARIABLE
 from tests.ranks import run_recipe
+from tests.small import FEW_TEXTS
 
 # Threads that spin while they wait for a core cost small models several times their own work.
 os.environ |= {CORES_VARIABLE: "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -29,9 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose corpus and tokenizer stages are finished."""
+    """A run folder whose corpus (of few texts) and tokenizer stages are finished."""
     folder = tmp_path_factory.mktemp("prepared") / "run"
-    run_recipe(QUICKSTART, folder, [], ["corpus", "tokenizer"])
+    run_recipe(QUICKSTART, folder, [FEW_TEXTS], ["corpus", "tokenizer"])
     return folder
 
 

@@ -18,7 +18,7 @@ from llmscale.training.data import PhaseSamples, TrainingData, ValidationData
 from llmscale.training.objectives import Causal
 from llmscale.training.settings import Batch, Ramp
 from tests.conftest import QUICKSTART
-from tests.ranks import run_recipe
+from tests.ranks import cut_off_after, run_recipe
 from tests.small import SMALL_MODEL
 from tests.training.test_layouts import curve, parameters
 
@@ -180,14 +180,9 @@ def test_steps_have_their_phases_length_and_the_ramps_size(uninterrupted: Path) 
 def test_a_run_killed_in_any_phase_goes_on_bit_for_bit(
     step: int, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """A kill after a checkpoint leaves it and those before, and metrics that went on."""
     folder = Path(shutil.copytree(uninterrupted.parent, tmp_path / "run"))
     stage = folder / "pretrain"
-    for checkpoint in (stage / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(stage / "hf")
-    RunFolder(folder).stage("pretrain").update_manifest(status="running")
+    cut_off_after(RunFolder(folder).stage("pretrain"), step)
     train(folder, "{data: 1}", 1)
     assert not (folder / "superseded").exists()
     for name in ("loss", "gradient_norm", "validation_loss", "tokens"):

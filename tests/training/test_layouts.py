@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import QUICKSTART
 from tests.ranks import layout_ranks, run_recipe
+from tests.small import SMALL_MODEL
 
 FIRST_TEN_STEPS = [
+    *SMALL_MODEL,
+    "stages.pretrain.model.layers=4",
     "stages.pretrain.steps=10",
     "stages.pretrain.optimizer.learning_rate=1.5e-3",
     "stages.pretrain.optimizer.schedule=constant",
@@ -18,7 +21,7 @@ FIRST_TEN_STEPS = [
     "stages.pretrain.checkpoint.every=10",
     "stages.pretrain.validation.samples=32",
 ]
-"""The quickstart's own first ten steps: its warm-up reaches 1.5e-3 at the tenth."""
+"""The quickstart's first ten steps, of a smaller model: its warm-up reaches 1.5e-3 at the tenth."""
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},

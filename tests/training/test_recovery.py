@@ -9,33 +9,45 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from llmscale.artifacts import RunFolder
+from llmscale.artifacts import RunFolder, StageFolder
 from llmscale.errors import StageError
 from tests.conftest import QUICKSTART
-from tests.ranks import run_recipe
+from tests.ranks import cut_off_after, run_recipe
 from tests.small import SMALL_MODEL, at
 from tests.training.test_layouts import curve, parameters
 
-STEPS = 60
+STEPS = 24
 SMALL = [
     *SMALL_MODEL,
     f"stages.pretrain.steps={STEPS}",
     "stages.pretrain.batch={global: 8, micro: 2}",
     "stages.pretrain.checkpoint={every: 4, keep: 2}",
 ]
+KEEP_ALL = "stages.pretrain.checkpoint.keep=6"
+ASYNCHRONOUS = "stages.pretrain.checkpoint.asynchronous=true"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     shutil.copytree(prepared, folder)
-    run_recipe(QUICKSTART, folder, [*SMALL, *at(2, 2, 2)], ["pretrain"])
+    run_recipe(QUICKSTART, folder, [*SMALL, *at(2, 2, 2), KEEP_ALL], ["pretrain"])
     return folder / "pretrain"
+
+
+@pytest.fixture
+def cut_off(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of that run as a kill before step 24's checkpoint leaves it."""
+    folder = Path(shutil.copytree(uninterrupted.parent, tmp_path / "cut-off"))
+    cut_off_after(RunFolder(folder).stage("pretrain"), 20)
+    return folder
 
 
 def rank_processes(stage: Path) -> list[int]:
@@ -48,12 +60,32 @@ def rank_processes(stage: Path) -> list[int]:
     return found
 
 
-class Killer(threading.Thread):
-    """Kills one random rank, some random time after training began to move."""
+def steps_logged(stage: Path) -> int:
+    return len(curve(stage, "loss")) if (stage / "metrics.jsonl").exists() else 0
 
-    def __init__(self, stage: Path, chance: random.Random) -> None:
+
+def being_saved(stage: Path) -> bool:
+    return any(stage.glob("checkpoints/.*.partial"))
+
+
+Moment = Callable[[Path], bool]
+KILLS: dict[str, tuple[Moment, list[str]]] = {
+    "before the first step": (lambda stage: True, []),
+    "between steps, past a checkpoint": (lambda stage: steps_logged(stage) >= 6, []),
+    "while a checkpoint is written": (being_saved, []),
+    "while one is written beside the next steps": (being_saved, [ASYNCHRONOUS]),
+    "at any time": (lambda stage: random.random() < 0.01, []),
+    "at any time, writing beside the steps": (lambda stage: random.random() < 0.01, [ASYNCHRONOUS]),
+    "while the model is exported": (lambda stage: (stage / ".hf.partial").exists(), []),
+}
+
+
+class Killer(threading.Thread):
+    """Kills one random rank at a moment after training began to move."""
+
+    def __init__(self, stage: Path, moment: Moment) -> None:
         super().__init__(daemon=True)
-        self.stage, self.chance, self.killed = stage, chance, False
+        self.stage, self.moment, self.killed = stage, moment, False
         self.before = set(rank_processes(stage)) if stage.exists() else set()
         self.over = threading.Event()
 
@@ -62,49 +94,45 @@ class Killer(threading.Thread):
             fresh = [pid for pid in rank_processes(self.stage) if pid not in self.before]
             if len(fresh) == 8:
                 break
-        else:
-            return
-        if self.over.wait(self.chance.uniform(0.0, 4.0)):
-            return
-        try:
-            os.kill(self.chance.choice(fresh), signal.SIGKILL)
-            self.killed = True
-        except ProcessLookupError:
-            pass
+        while not self.over.wait(0.005):
+            if self.moment(self.stage):
+                with suppress(ProcessLookupError):
+                    os.kill(random.choice(fresh), signal.SIGKILL)
+                    self.killed = True
+                return
 
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_twenty_kills_leave_the_loss_curve_bit_for_bit(
+def test_kills_at_any_moment_leave_the_loss_curve_bit_for_bit(
     run_folder: Path, uninterrupted: Path
 ) -> None:
-    chance = random.Random(0)
+    random.seed(0)
     stage = run_folder / "pretrain"
     recipe = [*SMALL, *at(2, 2, 2)]
-    kills = during_save = 0
-    while kills < 20:
-        if (
-            stage.exists()
-            and RunFolder(run_folder).stage("pretrain").manifest()["status"] == "finished"
-        ):
-            shutil.rmtree(stage)
-        killer = Killer(stage, chance)
-        killer.start()
-        try:
-            run_recipe(QUICKSTART, run_folder, recipe, ["pretrain"])
-        except StageError as error:
-            assert "SIGKILL" in str(error)
-        killer.over.set()
-        killer.join()
-        kills += killer.killed
-        during_save += any(stage.glob("checkpoints/.*.partial"))
+    for name, (moment, more) in KILLS.items():
+        killed = False
+        while not killed:
+            if (
+                stage.exists()
+                and RunFolder(run_folder).stage("pretrain").manifest()["status"] == "finished"
+            ):
+                shutil.rmtree(stage)
+            killer = Killer(stage, moment)
+            killer.start()
+            try:
+                run_recipe(QUICKSTART, run_folder, [*recipe, *more], ["pretrain"])
+            except StageError as error:
+                assert "SIGKILL" in str(error), name
+            killer.over.set()
+            killer.join()
+            killed = killer.killed
     run_recipe(QUICKSTART, run_folder, recipe, ["pretrain"])
     assert curve(stage, "loss") == curve(uninterrupted, "loss")
     assert curve(stage, "validation_loss") == curve(uninterrupted, "validation_loss")
     assert curve(stage, "gradient_norm") == curve(uninterrupted, "gradient_norm")
     ours, expected = parameters(stage), parameters(uninterrupted)
     assert all(ours[name].equal(expected[name]) for name in expected)
-    print(f"{kills} kills, {during_save} of them during a save")
 
 
 def alive(process: int) -> bool:
@@ -135,82 +163,68 @@ def test_the_ranks_end_with_their_launcher(run_folder: Path) -> None:
     assert not any(alive(rank) for rank in ranks)
 
 
-def train_half(run_folder: Path, layout: list[str]) -> Path:
-    """Trains until a checkpoint after step 20, then is killed."""
-    stage = run_folder / "pretrain"
-    over = threading.Event()
-
-    def kill_after_step_20() -> None:
-        while not over.wait(0.05):
-            if (stage / "checkpoints" / "step-00000020" / "COMPLETE").exists():
-                for pid in rank_processes(stage):
-                    os.kill(pid, signal.SIGKILL)
-                return
-
-    thread = threading.Thread(target=kill_after_step_20, daemon=True)
-    thread.start()
-    with pytest.raises(StageError):
-        run_recipe(QUICKSTART, run_folder, [*SMALL, *layout], ["pretrain"])
-    over.set()
-    thread.join()
-    return stage
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1)])
 def test_a_checkpoint_of_eight_ranks_goes_on_at_another_layout(
-    layout: tuple[int, int, int], run_folder: Path, uninterrupted: Path
+    layout: tuple[int, int, int], cut_off: Path, uninterrupted: Path
 ) -> None:
-    stage = train_half(run_folder, at(2, 2, 2))
-    run_recipe(QUICKSTART, run_folder, [*SMALL, *at(*layout)], ["pretrain"])
-    assert not (run_folder / "superseded").exists()
-    assert curve(stage, "loss") == pytest.approx(curve(uninterrupted, "loss"), rel=1e-5)
+    run_recipe(QUICKSTART, cut_off, [*SMALL, *at(*layout)], ["pretrain"])
+    assert not (cut_off / "superseded").exists()
+    assert curve(cut_off / "pretrain", "loss") == pytest.approx(
+        curve(uninterrupted, "loss"), rel=1e-5
+    )
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("damage", ["flip a byte", "cut short", "remove a file", "no COMPLETE"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    damage: str, run_folder: Path, uninterrupted: Path
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
+    cut_off: Path, uninterrupted: Path
 ) -> None:
-    stage = train_half(run_folder, at(2, 1, 1))
-    newest = sorted((stage / "checkpoints").glob("step-*"), reverse=True)[0]
-    victim = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
-    if damage == "flip a byte":
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-    elif damage == "cut short":
-        os.truncate(victim, victim.stat().st_size - 1)
-    elif damage == "remove a file":
-        victim.unlink()
-    else:
-        (newest / "COMPLETE").unlink()
-    run_recipe(QUICKSTART, run_folder, [*SMALL, *at(2, 1, 1)], ["pretrain"])
+    stage = cut_off / "pretrain"
+    newest = sorted((stage / "checkpoints").glob("step-*"), reverse=True)
+    victims = [
+        max(path.glob("*.distcp"), key=lambda file: file.stat().st_size) for path in newest[:3]
+    ]
+    for damage, victim in zip((flip_a_byte, cut_short, Path.unlink), victims, strict=True):
+        damage(victim)
+    (newest[3] / "COMPLETE").unlink()
+    run_recipe(QUICKSTART, cut_off, [*SMALL, *at(2, 1, 1)], ["pretrain"])
     named = [
         line
         for line in (stage / "logs" / "rank-00000.log").read_text().splitlines()
         if "using the one before" in line
     ]
-    assert len(named) == 1
-    assert newest.name in named[0]
-    if damage in ("flip a byte", "cut short", "remove a file"):
-        assert victim.name in named[0]
+    for line, checkpoint, victim in zip(named, newest[:4], [*victims, None], strict=True):
+        assert checkpoint.name in line
+        assert victim is None or victim.name in line
     assert curve(stage, "loss") == pytest.approx(curve(uninterrupted, "loss"), rel=1e-5)
-
-
-@pytest.mark.ranks
-def test_checkpoints_older_than_keep_are_pruned_but_the_best_stays(uninterrupted: Path) -> None:
-    steps = {int(path.name[5:]) for path in (uninterrupted / "checkpoints").glob("step-*")}
-    best = RunFolder(uninterrupted.parent).stage("pretrain").manifest()["metrics"]["best_step"]
-    assert steps == {STEPS - 4, STEPS, best}
+    assert curve(stage, "validation_loss") == pytest.approx(
+        curve(uninterrupted, "validation_loss"), rel=1e-5
+    )
 
 
 @pytest.mark.ranks
 def test_an_asynchronous_save_gives_the_same_run(run_folder: Path, uninterrupted: Path) -> None:
-    more = ["stages.pretrain.checkpoint.asynchronous=true"]
-    run_recipe(QUICKSTART, run_folder, [*SMALL, *at(2, 2, 2), *more], ["pretrain"])
-    assert curve(run_folder / "pretrain", "loss") == curve(uninterrupted, "loss")
-    assert (run_folder / "pretrain" / "checkpoints" / f"step-{STEPS:08d}" / "COMPLETE").exists()
+    run_recipe(QUICKSTART, run_folder, [*SMALL, *at(2, 2, 2), ASYNCHRONOUS], ["pretrain"])
+    stage = RunFolder(run_folder).stage("pretrain")
+    assert curve(stage.path, "loss") == curve(uninterrupted, "loss")
+    check_older_checkpoints_are_pruned(stage)
+
+
+def check_older_checkpoints_are_pruned(stage: StageFolder) -> None:
+    """Two stay, as ``keep`` has it, and the best."""
+    complete = {path.parent.name for path in stage.checkpoints.glob("step-*/COMPLETE")}
+    steps = {int(name.removeprefix("step-")) for name in complete}
+    assert steps == {STEPS - 4, STEPS, stage.manifest()["metrics"]["best_step"]}
 
 
 @pytest.mark.ranks
@@ -236,3 +250,4 @@ def test_a_stop_signal_saves_at_the_steps_end_and_running_again_goes_on(
     assert (stage / "checkpoints" / f"step-{done:08d}" / "COMPLETE").exists()
     run_recipe(QUICKSTART, run_folder, [*SMALL, *at(2, 1, 1)], ["pretrain"])
     assert curve(stage, "loss") == pytest.approx(curve(uninterrupted, "loss"), rel=1e-5)
+    check_older_checkpoints_are_pruned(RunFolder(run_folder).stage("pretrain"))
