@@ -4,7 +4,6 @@ import copy
 import json
 import random
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from llmscale.stages.finetune import Finetune
 from llmscale.training.adapters import with_adapter
 from llmscale.training.settings import Adapter
 from tests.models_on_disk import WORDS, small_llama
-from tests.ranks import kill_a_rank_after, run_recipe
+from tests.ranks import cut_off_after, run_recipe
 
 STEPS, LEARNING_RATE, CLIP = 4, 3e-3, 0.5
 RECIPE = """
@@ -68,9 +67,10 @@ WAYS: dict[str, list[str]] = {
 }
 LORA = "LoRA, ZeRO 2 on 2 ranks, packed"
 SHORTER = "stages.assistant.sequence_length=60"
+LOW_RANK = "rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]"
 METHODS = {
-    "LoRA": ["stages.assistant.adapter={rank: 4}"],
-    "QLoRA": ["stages.assistant.adapter={method: qlora, rank: 4}"],
+    "LoRA": [f"stages.assistant.adapter={{method: lora, {LOW_RANK}}}"],
+    "QLoRA": [f"stages.assistant.adapter={{method: qlora, {LOW_RANK}}}"],
     "IA3": ["stages.assistant.adapter={method: ia3}"],
     "prefix": ["stages.assistant.adapter={method: prefix, virtual_tokens: 4}", SHORTER],
     "prompt": ["stages.assistant.adapter={method: prompt, virtual_tokens: 4}", SHORTER],
@@ -81,6 +81,7 @@ LORA_WAYS: dict[str, list[str]] = {
         "stages.assistant.parallel={tensor: 2, sequence: true}",
         "stages.assistant.optimizer.distributed=true",
     ],
+    "tensor 2": WAYS["tensor 2"],
     "tensor 2, pipeline 2, recompute": [
         "stages.assistant.parallel={tensor: 2, pipeline: 2, sequence: true}",
         "stages.assistant.recompute=full",
@@ -128,6 +129,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
     (folder / "chats.json").write_text(json.dumps(chats, indent=1))
     return folder
+
+
+WholeRun = Callable[[str], RunFolder]
+
+
+@pytest.fixture(scope="module")
+def whole_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """Uninterrupted runs of all steps, each way's made once."""
+    folder = tmp_path_factory.mktemp("whole")
+    made: dict[str, RunFolder] = {}
+
+    def run(name: str) -> RunFolder:
+        if name not in made:
+            made[name] = tuned(home, folder / str(len(made)), *way(name))
+        return made[name]
+
+    return run
 
 
 def tuned(home: Path, run: Path, *overrides: str) -> RunFolder:
@@ -206,9 +224,9 @@ def logged(run: RunFolder) -> list[tuple[float, float]]:
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", WAYS)
 def test_every_engine_and_layout_equals_a_loop_over_single_examples(
-    name: str, home: Path, tmp_path: Path
+    name: str, home: Path, whole_run: WholeRun
 ) -> None:
-    run = tuned(home, tmp_path / "run", *way(name))
+    run = whole_run(name)
     steps = steps_of(home, run, *way(name))
     assert ("packed" in name) == (sum(map(len, steps)) > 8 * STEPS)
     expected, model = plain_loop(home / "base", steps)
@@ -284,31 +302,16 @@ def test_few_examples_of_each_class_are_chosen_by_the_seed(home: Path, tmp_path:
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_a_checkpoint_exports_on_request_what_the_stage_does(home: Path, tmp_path: Path) -> None:
-    run = tuned(home, tmp_path / "run")
+def test_a_checkpoint_exports_on_request_what_the_stage_does(
+    whole_run: WholeRun, tmp_path: Path
+) -> None:
+    run = whole_run("one rank")
     export(f"{run.path}:assistant", tmp_path / "out")
     own = load_file(run.stage("assistant").hf / "model.safetensors")
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(own[name], exported[name]) for name in own)
     template = (run.stage("assistant").hf / "chat_template.jinja").read_text()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
-
-
-LONGER = ["stages.assistant.steps=12", "stages.assistant.checkpoint={every: 4, keep: 3}"]
-
-
-@pytest.fixture(scope="module")
-def whole_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
-    """Uninterrupted longer runs, each made once."""
-    folder = tmp_path_factory.mktemp("whole")
-    made: dict[str, RunFolder] = {}
-
-    def run(name: str) -> RunFolder:
-        if name not in made:
-            made[name] = tuned(home, folder / name.replace(" ", "-"), *LONGER, *way(name))
-        return made[name]
-
-    return run
 
 
 @pytest.mark.ranks
@@ -329,21 +332,14 @@ def whole_run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         ("ZeRO 0", "ZeRO 1 on 2 ranks"),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_curve(
-    first: str,
-    then: str,
-    home: Path,
-    tmp_path: Path,
-    whole_run: Callable[[str], RunFolder],
+def test_a_run_cut_off_in_the_middle_goes_on_to_the_same_curve(
+    first: str, then: str, home: Path, tmp_path: Path, whole_run: WholeRun
 ) -> None:
-    stage = RunFolder(tmp_path / "run").stage("assistant")
-    killer = threading.Thread(target=kill_a_rank_after, args=(stage, 7), daemon=True)
-    killer.start()
-    with pytest.raises(StageError, match="SIGKILL"):
-        tuned(home, tmp_path / "run", *LONGER, *way(first))
-    killer.join()
-    run = tuned(home, tmp_path / "run", *LONGER, *way(then))
     whole = whole_run(first)
+    run = RunFolder(Path(shutil.copytree(whole.path, tmp_path / "run")))
+    cut_off_after(run.stage("assistant"), STEPS // 2)
+    tuned(home, run.path, *way(then))
+    assert not (run.path / "superseded").exists()
     if first == then:
         assert logged(run) == logged(whole)
         ours, expected = weights(run), weights(whole)
@@ -407,15 +403,10 @@ ADAPTER = Adapter(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", [*LORA_WAYS, "QLoRA, ZeRO 2 on 2 ranks, packed"])
-def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, tmp_path: Path) -> None:
-    quantized = name.startswith("QLoRA")
-    own = "rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]"
-    with_lora = [
-        *way(name),
-        f"stages.assistant.adapter={{method: {'qlora' if quantized else 'lora'}, {own}}}",
-    ]
-    run = tuned(home, tmp_path / "run", *with_lora)
-    steps = steps_of(home, run, *with_lora)
+def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, whole_run: WholeRun) -> None:
+    quantized, name = name.startswith("QLoRA"), name if "LoRA" in name else f"LoRA, {name}"
+    run = whole_run(name)
+    steps = steps_of(home, run, *way(name))
     expected, merged = adapted_loop(home / "base", steps, 7, quantized)
     for (loss, norm), (true_loss, true_norm) in zip(logged(run), expected, strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)
@@ -435,9 +426,10 @@ def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, tmp_path: 
 @pytest.mark.ranks
 def test_an_adapter_starts_from_an_import_as_from_its_folder(home: Path, tmp_path: Path) -> None:
     import_model(home / "base", home / "imported")
-    imported = [*way("LoRA, distributed tensor 2"), "stages.assistant.start_from=imported"]
+    every_layer = "stages.assistant.adapter={rank: 4}"
+    imported = [*way("distributed tensor 2"), every_layer, "stages.assistant.start_from=imported"]
     run = tuned(home, tmp_path / "run", *imported)
-    expected = tuned(home, tmp_path / "expected", *way("LoRA, one rank"))
+    expected = tuned(home, tmp_path / "expected", *way("one rank"), every_layer)
     for (loss, norm), (true_loss, true_norm) in zip(logged(run), logged(expected), strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)
         assert norm == pytest.approx(true_norm, rel=1e-4)
@@ -465,8 +457,8 @@ BY_PEFT = ["IA3, ZeRO 3 on 2 ranks", "prefix, ZeRO 1 on 2 ranks", "prompt, ZeRO 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", BY_PEFT)
-def test_an_adapter_learns_as_peft_s_model_does(name: str, home: Path, tmp_path: Path) -> None:
-    run = tuned(home, tmp_path / "run", *way(name))
+def test_an_adapter_learns_as_peft_s_model_does(name: str, home: Path, whole_run: WholeRun) -> None:
+    run = whole_run(name)
     method = name.partition(",")[0].lower()
     virtual = {} if method == "ia3" else {"virtual_tokens": 4}
     base = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
