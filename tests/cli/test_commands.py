@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.called import llmscale
 from tests.conftest import PRETRAINING, QUICKSTART
 
 
-def llmscale(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+def process(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own."""
     command = [sys.executable, "-m", "llmscale", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
@@ -99,7 +101,7 @@ def test_a_wrong_call_gets_one_line_and_writes_nothing(
 
 
 def test_json_errors_are_one_object(tmp_path: Path) -> None:
-    done = llmscale("run", "absent.yaml", "--json", cwd=tmp_path)
+    done = process("run", "absent.yaml", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["exit_code"] == 2
     assert done.stdout.count("\n") == 1
 
@@ -140,7 +142,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def finished(small: Path) -> Path:
-    done = llmscale("run", small / "small.yaml", "--run-dir", small / "run", "--json")
+    done = process("run", small / "small.yaml", "--run-dir", small / "run", "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["metrics"]["evaluation"]["perplexity"] > 1
@@ -254,19 +256,19 @@ def test_pretraining_goes_on_from_a_folder_and_from_an_import(
 def test_ctrl_c_once_saves_and_twice_ends_at_once(times: int, small: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmscale", "run", str(small / "small.yaml")]
     command += ["stages.pretrain.steps=100000", "--run-dir", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "run" / "pretrain" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
-    busy = llmscale("run", small / "small.yaml", "--run-dir", tmp_path / "run")
+    busy = process("run", small / "small.yaml", "--run-dir", tmp_path / "run")
     assert busy.returncode == 2
     assert "is running in this folder" in busy.stderr
     for _ in range(times):
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(launcher.pid, signal.SIGINT)
         time.sleep(0.01)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
     assert "Traceback" not in errors
     assert "run the same command again" in errors
     manifest = json.loads((tmp_path / "run" / "pretrain" / "manifest.json").read_text())

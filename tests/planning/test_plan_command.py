@@ -1,7 +1,6 @@
 """``llmscale plan`` as a user runs it."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -10,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from llmscale.planning import calibration
 from llmscale.planning.constants import Constants
 from llmscale.planning.hardware import measured_cpu
 from llmscale.plans import memory_warnings, plan_recipe
 from llmscale.recipe.recipe import load_recipe
+from tests.called import llmscale
 from tests.conftest import PRETRAINING, QUICKSTART, ROOT
 from tests.verify.test_command import PARAMETERS
 
@@ -21,21 +22,21 @@ GPT3 = ROOT / "recipes" / "gpt3-175b-1024xa100.yaml"
 LLAMA3 = ROOT / "recipes" / "llama3-8b-64xh100.yaml"
 
 
-def plan(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmscale", "plan", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+def plan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return llmscale("plan", *arguments)
 
 
-def answer(*arguments: object, **options: object) -> dict:
-    done = plan(*arguments, "--json", **options)
+def answer(*arguments: object) -> dict:
+    done = plan(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def processor_seconds(*arguments: object) -> float:
     """Of the command, however busy the machine is."""
+    command = [sys.executable, "-m", "llmscale", "plan", *map(str, arguments)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert plan(*arguments).returncode == 0
+    subprocess.run(command, capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime
 
@@ -130,17 +131,19 @@ def test_a_layout_that_cannot_run_on_so_many_gpus_is_told_beside_those_that_can(
     assert "8 ranks hold a model and do not divide 12 GPUs" in planned["why_not"]
 
 
-def test_a_measured_run_draws_the_constants_to_it(tmp_path: Path) -> None:
+def test_a_measured_run_draws_the_constants_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     metrics = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "step_seconds": 10.5}) for step in range(1, 50)]
     metrics.write_text("\n".join(["{", *lines]) + "\n")
-    kept = {"env": {**os.environ, "LLMSCALE_CALIBRATIONS": str(tmp_path / "kept")}}
-    told = answer(LLAMA3, "--calibrate", metrics, "--calibration", "ours", **kept)
+    monkeypatch.setattr(calibration, "FOLDER", tmp_path / "kept")
+    told = answer(LLAMA3, "--calibrate", metrics, "--calibration", "ours")
     before, now = told["predicted_before"], told["predicted_now"]
     assert abs(now - 10.5) < 0.6 * abs(before - 10.5)
-    own = answer(LLAMA3, "--calibration", "ours", **kept)["stages"]["pretrain"]["own"]
+    own = answer(LLAMA3, "--calibration", "ours")["stages"]["pretrain"]["own"]
     assert own["step_seconds"]["total"] == pytest.approx(now)
-    other = answer(LLAMA3, **kept)["stages"]["pretrain"]["own"]
+    other = answer(LLAMA3)["stages"]["pretrain"]["own"]
     assert other["step_seconds"]["total"] == pytest.approx(before)
 
 
@@ -154,7 +157,6 @@ def test_run_warns_of_a_layout_that_does_not_fit() -> None:
     assert line.startswith("warning: stages.pretrain: its layout needs about ")
     partition = [*cramped, "cluster.slurm={partition: gb300}"]
     assert memory_warnings(load_recipe(LLAMA3, partition)) == []
-    command = [sys.executable, "-m", "llmscale", "run", LLAMA3, *cramped, "--dry-run"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd="/tmp")
+    done = llmscale("run", LLAMA3, *cramped, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert line in done.stderr
