@@ -20,15 +20,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The tests on clusters wait most of their time, the others compute: both at once, told one by one.
-test: lint
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-clusters test-others
+# The tests on clusters wait most of their time, the others compute: all at once, told one by one.
+test: install
+	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync=target lint test-clusters test-others
 
 test-clusters: install
 	$(BIN)/pytest tests/cluster
 
 test-others: install
-	nice -n 5 $(BIN)/pytest --ignore=tests/cluster --layouts 3
+	nice -n 5 $(BIN)/pytest --ignore=tests/cluster
 
 bench: install
 	$(BIN)/python benchmarks/pretrain.py

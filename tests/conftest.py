@@ -24,7 +24,7 @@ PRETRAINING = sorted({*(ROOT / "recipes").glob("*.yaml")} - {ASSISTANT, REWARD})
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--layouts", type=int, default=8, metavar="N", help="prove every Nth layout; 1: all"
+        "--all-layouts", action="store_true", help="prove all layouts, not few that show as much"
     )
 
 
