@@ -21,6 +21,7 @@ from llmscale.errors import RecipeError
 from llmscale.launch import Request
 from llmscale.recipe.recipe import load_recipe
 from llmscale.sweeps import Sweep
+from tests.called import llmscale
 from tests.conftest import QUICKSTART
 from tests.small import at
 from tests.training.test_recovery import SMALL
@@ -150,11 +151,6 @@ def test_members_of_an_array_are_known_asked_for_together_or_alone(
     monkeypatch.setattr(commands, "_ask", lambda _command: listed)
     assert list(commands.job_states(["7", "8"])) == ["7", "8_1", "8_0"]
     assert list(commands.job_states(["8_0", "8_1", "7"])) == ["8_0", "8_1", "7"]
-
-
-def llmscale(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmscale", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def told(run: Path) -> dict[str, Any]:
