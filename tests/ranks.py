@@ -18,25 +18,26 @@ from typing import Any
 
 from llmscale.artifacts import RunFolder, StageFolder, write_json
 from llmscale.clusters.base import Job, Task
-from llmscale.clusters.local import LocalCluster
+from llmscale.clusters.local import PRELOADED, LocalCluster
 from llmscale.clusters.process import Entry
 from llmscale.parallel.layout import Layout
 
-IMPORTS = (
-    "_pytest.config",
-    "llmscale.rank",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-    "llmscale.training.deepspeed_engine",
-)
-"""Imported once for all tests' ranks: what one recipe or another needs."""
+PRELOADED.extend(
+    (
+        "_pytest.config",
+        "llmscale.rank",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+        "llmscale.training.deepspeed_engine",
+    )
+)  # once for all tests' ranks, whoever starts them first: what one recipe or another needs
 
 
 def run_ranks(program: Entry, ranks: int, folder: Path, **settings: Any) -> Any:
     """Runs ``program`` on that many ranks; returns what rank 0 gave to ``answer``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)
-    LocalCluster(program, imports=IMPORTS).run(Job(folder, "stage", Task("test", ranks)))
+    LocalCluster(program).run(Job(folder, "stage", Task("test", ranks)))
     return json.loads((folder / "answer.json").read_text())
 
 
@@ -108,7 +109,6 @@ def run_recipe(
     from llmscale.recipe.recipe import load_recipe
 
     run_folder = RunFolder(folder)
-    cluster = LocalCluster(run_rank, imports=IMPORTS)
-    pipeline = Pipeline(load_recipe(recipe, overrides), run_folder, cluster, Quiet())
+    pipeline = Pipeline(load_recipe(recipe, overrides), run_folder, LocalCluster(run_rank), Quiet())
     pipeline.run(only)
     return run_folder
