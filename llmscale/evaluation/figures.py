@@ -75,20 +75,29 @@ def _f1(answers: Answers, seed: int) -> dict[str, Any]:
     known = {label: number for number, label in enumerate(answers.labels)}
     right_n = np.array([known[label] for label in answers.right])
     given_n = np.array([known.get(label, -1) for label in answers.given])
+    value = metrics.f1_score(
+        right_n, given_n, labels=range(len(known)), average="macro", zero_division=np.nan
+    )
 
-    def f1(drawn: np.ndarray) -> float:
-        return float(
-            metrics.f1_score(
-                right_n[drawn],
-                given_n[drawn],
-                labels=range(len(known)),
-                average="macro",
-                zero_division=np.nan,
-            )
-        )
+    def resampled(drawn: np.ndarray) -> float:
+        return macro_f1(right_n[drawn], given_n[drawn], len(known))
 
-    everything = np.arange(len(right_n))
-    return {"f1": f1(everything), "f1_interval": interval(f1, [0] * len(right_n), seed)}
+    return {"f1": float(value), "f1_interval": interval(resampled, [0] * len(right_n), seed)}
+
+
+def macro_f1(right_n: np.ndarray, given_n: np.ndarray, labels: int) -> float:
+    """scikit-learn's macro F1 a hundred times as fast, for resampling.
+
+    Args:
+        right_n: numbers of labels.
+        given_n: the same, or -1 for none.
+        labels: how many there are; those of no text are left out of the mean.
+    """
+    hits_l = np.bincount(right_n[right_n == given_n], minlength=labels)
+    found_l = np.bincount(right_n, minlength=labels) + np.bincount(
+        given_n[given_n >= 0], minlength=labels
+    )
+    return float((2 * hits_l[found_l > 0] / found_l[found_l > 0]).mean())
 
 
 def confusion(answers: Answers) -> dict[str, dict[str, int]]:
