@@ -189,7 +189,7 @@ def test_a_stage_measures_what_the_command_does_and_reports_it(home: Path) -> No
 
 
 def test_a_malformed_record_stops_the_recipe_before_anything_starts(home: Path) -> None:
-    (home / "bad.jsonl").write_text('{"text": "a", "label": "sky"}\n{"text": "b"}\n')
+    (home / "bad.jsonl").write_text('{"text": "a", "label": "sky", "who": "a"}\n{"text": "b"}\n')
     (home / "x.yaml").write_text(RECIPE.replace("labelled.jsonl", "bad.jsonl"))
     with pytest.raises(RecipeError) as error:
         load_recipe(home / "x.yaml", [])
