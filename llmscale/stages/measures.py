@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from llmscale.errors import RecipeError
-from llmscale.evaluation.classification import ClassificationForm, Task, read_task
+from llmscale.evaluation.classification_form import ClassificationForm, Task, read_task
 from llmscale.evaluation.generation import Decoding, Generation
-from llmscale.evaluation.references import Referenced, read_referenced
+from llmscale.evaluation.referenced import Referenced, read_referenced
 from llmscale.settings import Problem, Settings
 from llmscale.stages.base import RecipePath, is_file, is_folder
 

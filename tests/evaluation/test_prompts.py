@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmscale.errors import RecipeError
-from llmscale.evaluation.classification import ClassificationForm, read_task
+from llmscale.evaluation.classification_form import ClassificationForm, read_task
 from llmscale.evaluation.labelled import read_labelled, with_examples
 from llmscale.evaluation.prompted import named_label
 

@@ -6,7 +6,8 @@ import pytest
 import sacrebleu
 
 from llmscale.errors import RecipeError
-from llmscale.evaluation.references import Referenced, read_referenced, reference_figures
+from llmscale.evaluation.referenced import Referenced, read_referenced
+from llmscale.evaluation.references import reference_figures
 
 RECORDS = [
     Referenced("x.jsonl:1", "p", ("the cat sat on the mat", "a cat was on the mat today")),
