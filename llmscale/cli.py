@@ -292,21 +292,69 @@ def rank(
 @app.command()
 def evaluate(
     model: Model,
-    text: Annotated[list[Path], typer.Option(help="A text file; can be given again.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Perplexity of a text file; can be given again.")
+    ] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens a window.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens from window to window.")] = None,
+    classification: Annotated[
+        Path | None, typer.Option(help="A file of JSON lines with texts and their label.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="The prompt; a record's fields in braces. Default: {text}")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="What stands for a label.")
+    ] = None,
+    normalization: Annotated[
+        str | None, typer.Option(help="Of a label's log-probability: none, tokens or bytes.")
+    ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="likelihood, greedy, chain_of_thought or self_consistency."),
+    ] = None,
+    votes: Annotated[int | None, typer.Option(help="Of self_consistency.")] = None,
+    examples: Annotated[Path | None, typer.Option(help="A file of examples to show.")] = None,
+    shots: Annotated[int | None, typer.Option(help="How many of them.")] = None,
+    perturb: Annotated[
+        list[str] | None, typer.Option(help="typos, case, punctuation or word_swaps; again.")
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="The field with the group of a text.")] = None,
+    generation: Annotated[
+        Path | None, typer.Option(help="A file of JSON lines with prompts and references.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Of a generated text.")] = 100,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="With YAML files of tasks.")] = None,
+    seed: Annotated[int, typer.Option(help="Of examples, sampling and intervals.")] = 1234,
     as_json: Json = False,
 ) -> None:
-    """Measure a model's perplexity and bits per byte on texts."""
-    from llmscale import models_at_hand
+    """Measure a model: on texts, labelled texts, prompts with references, or tasks."""
+    from llmscale import evaluate_command as command
+    from llmscale.evaluate_display import lines
 
-    figures = models_at_hand.perplexity(model, text, window, stride)
-    lines = [
-        f"{name}: perplexity {f['perplexity']:.4f}, {f['bits_per_byte']:.4f} bits per byte, "
-        f"{f['tokens']:,} tokens"
-        for name, f in figures.items()
-    ]
-    _answer(as_json, figures, "\n".join(lines))
+    measures = command.measures(
+        perplexity={"texts": text, "window": window, "stride": stride},
+        classification={
+            "path": classification,
+            "template": template,
+            "labels": label,
+            "normalization": normalization,
+            "answer": answer,
+            "votes": votes,
+            "examples": examples,
+            "shots": shots,
+            "perturbations": perturb,
+            "group": group,
+        },
+        generation={"path": generation},
+        tasks={"names": tasks, "folder": task_folder},
+        max_new_tokens=max_new_tokens,
+    )
+    figures = command.evaluate(model, measures, seed, _console(as_json))
+    _answer(as_json, figures, "\n".join(lines(figures)))
 
 
 @app.command()

@@ -1,14 +1,13 @@
-"""The commands that take a model: generate, evaluate, export, import. They import torch."""
+"""The commands that take a model: generate, export, import. They import torch."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from llmscale import runs
-from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Generation, answers_or_continuations
 from llmscale.recipe.explain import explain
@@ -47,38 +46,6 @@ def generation_settings(options: Mapping[str, Any]) -> Generation:
     except ValidationError as error:
         path, message = explain(error, Generation)
         raise RecipeError(f"--{'-'.join(path).replace('_', '-')}: {message}") from None
-
-
-def perplexity(
-    model: str, texts: Sequence[Path], window: int | None, stride: int | None
-) -> dict[str, dict[str, float]]:
-    """The figures of each text, by its path.
-
-    Raises:
-        RecipeError: if the model, a text or a number is wrong.
-    """
-    for text in texts:
-        if not text.is_file():
-            raise RecipeError(f"--text: {text} is no file; give a text")
-    if window and stride and stride > window:
-        raise RecipeError(f"--stride: {stride} is above --window {window}; use at most {window}")
-    folder = runs.model_folder(model)
-    from llmscale.evaluation.models import load_model
-    from llmscale.evaluation.perplexity import likelihood
-
-    loaded, tokenizer = load_model(folder)
-    longest = loaded.config.max_position_embeddings
-    length = min(window or longest, longest)
-    figures = {}
-    for text in texts:
-        documents = (document.text for document in read_documents(text))
-        total = likelihood(
-            loaded, tokenizer, documents, length=length, stride=min(stride or length // 2, length)
-        )
-        if total.tokens == 0:
-            raise RecipeError(f"--text: {text} holds no text; give another")
-        figures[str(text)] = total.metrics()
-    return figures
 
 
 def import_model(source: Path, target: Path) -> int:

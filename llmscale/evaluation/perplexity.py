@@ -4,15 +4,18 @@ Shape legend: b windows, s positions, v vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+from llmscale.evaluation.bootstrap import interval
+
 IGNORED = -100
-WINDOWS_A_BATCH = 16
+TOKENS_A_PASS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,43 @@ def windows(tokens: list[int], length: int, stride: int) -> list[tuple[list[int]
     return pairs
 
 
-@torch.no_grad()
+def likelihoods(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    *,
+    length: int,
+    stride: int,
+    tokens_a_pass: int = TOKENS_A_PASS,
+    on_text: Callable[[int], None] = lambda texts: None,
+) -> list[Likelihood]:
+    """Scores texts, each on its own after the token that texts begin with.
+
+    Args:
+        model: a causal language model of ``transformers``.
+        tokens_a_pass: how many tokens go through the model at once, one window at least; no
+            figure depends on it.
+        on_text: is told how many texts are done.
+    """
+    found: list[Likelihood] = []
+    waiting: list[_Window] = []
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    for number, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found.append(Likelihood(0.0, len(ids), len(text.encode())))
+        for pair in windows([start, *ids], length, stride):
+            waiting.append(_Window(number, *pair))
+            if _room(waiting) > tokens_a_pass and len(waiting) > 1:
+                _add_nats(model, waiting[:-1], found)
+                waiting = waiting[-1:]
+                on_text(number)
+    if waiting:
+        _add_nats(model, waiting, found)
+    on_text(len(found))
+    return found
+
+
 def likelihood(
     model: Any,
     tokenizer: Any,
@@ -72,41 +111,61 @@ def likelihood(
     stride: int,
     on_text: Callable[[int], None] = lambda texts: None,
 ) -> Likelihood:
-    """Scores texts, each on its own after the end-of-text token, by a ``transformers`` model."""
-    total = Likelihood()
-    for number, text in enumerate(texts, 1):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        start = (
-            tokenizer.bos_token_id
-            if tokenizer.bos_token_id is not None
-            else (tokenizer.eos_token_id)
-        )
-        pairs = windows([start, *ids], length, stride)
-        nats = sum(
-            _batch_nats(model, pairs[i : i + WINDOWS_A_BATCH])
-            for i in range(0, len(pairs), WINDOWS_A_BATCH)
-        )
-        total += Likelihood(nats, len(ids), len(text.encode()))
-        on_text(number)
-    return total
+    """The sum of ``likelihoods``."""
+    each = likelihoods(model, tokenizer, texts, length=length, stride=stride, on_text=on_text)
+    return sum(each, Likelihood())
 
 
-def _batch_nats(model: Any, pairs: list[tuple[list[int], list[int]]]) -> float:
-    longest = max(len(inputs) for inputs, _ in pairs)
+def likelihood_intervals(each: Sequence[Likelihood], seed: int) -> dict[str, list[float]]:
+    """95 % intervals of perplexity and bits per byte over texts; none of a single text."""
+    sums_n3 = np.array([(one.nats, one.tokens, one.text_bytes) for one in each if one.tokens])
+    if len(sums_n3) < 2:
+        return {}
+
+    def figure(name: str) -> list[float]:
+        def of(drawn: np.ndarray) -> float:
+            return Likelihood(*sums_n3[drawn].sum(0)).metrics()[name]
+
+        return interval(of, [0] * len(sums_n3), seed)
+
+    return {f"{name}_interval": figure(name) for name in ("perplexity", "bits_per_byte")}
+
+
+class _Window(NamedTuple):
+    """Which text it is of, and what ``windows`` says of it."""
+
+    text: int
+    inputs: list[int]
+    labels: list[int]
+
+
+def _room(waiting: Sequence[_Window]) -> int:
+    return len(waiting) * max(len(window.inputs) for window in waiting)
+
+
+def _add_nats(model: Any, passed: Sequence[_Window], found: list[Likelihood]) -> None:
+    for window, nats in zip(passed, _nats(model, passed), strict=True):
+        found[window.text] += Likelihood(nats=nats)
+
+
+@torch.no_grad()
+def _nats(model: Any, passed: Sequence[_Window]) -> list[float]:
+    longest = max(len(window.inputs) for window in passed)
 
     def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
         return torch.tensor(
             [row + [filler] * (longest - len(row)) for row in rows], device=model.device
         )
 
-    inputs_bs = padded([inputs for inputs, _ in pairs], 0)
-    labels_bs = padded([labels for _, labels in pairs], IGNORED)
-    mask_bs = padded([[1] * len(inputs) for inputs, _ in pairs], 0)
-    logits_bsv = model(input_ids=inputs_bs, attention_mask=mask_bs).logits[:, -longest:-1].float()
-    loss = F.cross_entropy(
-        logits_bsv.flatten(0, 1), labels_bs[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    inputs_bs = padded([window.inputs for window in passed], 0)
+    labels_bs = padded([window.labels for window in passed], IGNORED)
+    mask_bs = padded([[1] * len(window.inputs) for window in passed], 0)
+    logits_bsv = model(input_ids=inputs_bs, attention_mask=mask_bs).logits[:, -longest:-1]
+    losses = (
+        F.cross_entropy(logits_sv.float(), labels_s[1:], ignore_index=IGNORED, reduction="none")
+        for logits_sv, labels_s in zip(logits_bsv, labels_bs, strict=True)
     )
-    return float(loss)
+    return [float(loss_s.double().sum()) for loss_s in losses]
 
 
 def unigram_entropy(counts: Iterable[int]) -> float:

@@ -103,7 +103,8 @@ def _settings_at(path: KeyPath, settings: type[Settings]) -> type[Settings] | No
             continue
         fields = {field.alias or name: field for name, field in found.model_fields.items()}
         annotation = fields[key].annotation if key in fields else None
-        found, a_name_is_next = _settings_in(annotation), get_origin(annotation) is dict
+        origins = [get_origin(part) for part in (annotation, *get_args(annotation))]
+        found, a_name_is_next = _settings_in(annotation), dict in origins
     return found
 
 

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,24 @@ def draw(identity: str, axis_label: str, lines: Mapping[str, Sequence[Point]]) -
         axis_label: of the vertical axis, with its unit.
         lines: points by label.
     """
+
+    def paint(axes: Any) -> None:
+        for label, points in lines.items():
+            _draw_line(axes, label, thin(points), as_points=label.startswith("validation"))
+        _dress(axes, axis_label, legend=sum(map(bool, lines.values())) > 1)
+
+    return drawing(identity, paint)
+
+
+def drawing(
+    identity: str, paint: Callable[[Any], None], inches: tuple[float, float] = FIGURE_INCHES
+) -> Markup:
+    """What is painted on a figure's axes, as inline SVG in the page's colours.
+
+    Args:
+        identity: what no other drawing of the page is called.
+        paint: is given matplotlib's axes; uses the colours above.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -118,11 +136,8 @@ def draw(identity: str, axis_label: str, lines: Mapping[str, Sequence[Point]]) -
         "grid.color": GRID,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
-        for label, points in lines.items():
-            _draw_line(axes, label, thin(points), as_points=label.startswith("validation"))
-        _dress(axes, axis_label, legend=sum(map(bool, lines.values())) > 1)
+        figure = Figure(figsize=inches, layout="constrained")
+        paint(figure.add_subplot())
         buffer = io.StringIO()
         nameless = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nameless)

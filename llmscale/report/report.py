@@ -16,6 +16,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmscale.artifacts import RunFolder, read_json, write_text
 from llmscale.recipe.recipe import Recipe, read_resolved
+from llmscale.report.evaluations import (
+    Confusion,
+    confusions,
+    reliability_plots,
+    without_drawn,
+)
 from llmscale.report.plots import Plot, Record, plots, series
 from llmscale.stages.base import Stage
 from llmscale.status import status
@@ -48,6 +54,8 @@ class StageView:
     duration: str
     metrics: Sequence[tuple[str, str]]
     plots: Sequence[Plot]
+    reliability: Sequence[Plot]
+    confusions: Sequence[Confusion]
     samples: Sequence[Mapping[str, str]]
 
 
@@ -170,8 +178,12 @@ def _stage_view(
         started=format_time(started) if started else NOTHING,
         finished=format_time(finished) if finished else NOTHING,
         duration=format_duration(started, finished) if started and finished else NOTHING,
-        metrics=[(key, format_value(value)) for key, value in flatten(told["metrics"])],
+        metrics=[
+            (key, format_value(value)) for key, value in flatten(without_drawn(told["metrics"]))
+        ],
         plots=plots(name, records),
+        reliability=reliability_plots(name, told["metrics"]),
+        confusions=confusions(told["metrics"]),
         samples=read_json(folder.stage(name).path / "samples.json") or [],
     )
 

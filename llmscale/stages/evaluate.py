@@ -1,55 +1,43 @@
-"""Measuring a model: perplexity, bits per byte, and samples of its text."""
+"""Measuring a model: perplexity, classification, written texts, tasks, and samples of its text."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from llmscale.artifacts import write_json
-from llmscale.clusters.base import ClusterSettings, Task
+from llmscale.artifacts import version_of, write_json, write_text
+from llmscale.clusters.base import ClusterSettings
+from llmscale.clusters.base import Task as RankTask
 from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
-from llmscale.evaluation.generation import Decoding, Generation, answers_or_continuations
+from llmscale.evaluation.generation import answers_or_continuations
 from llmscale.models.architecture import Architecture
-from llmscale.settings import Problem, Settings
-from llmscale.stages.base import (
-    MODEL_FILES,
-    Link,
-    RecipePath,
-    RecipeView,
-    Stage,
-    StageOrFolder,
-    Workspace,
-    is_file,
-)
+from llmscale.settings import Name, Problem, under
+from llmscale.stages.base import MODEL_FILES, Link, RecipeView, Stage, StageOrFolder, Workspace
+from llmscale.stages.measures import Classification, Perplexity, Samples, Tasks, WrittenTexts
 
-
-class Perplexity(Settings):
-    """Which text is scored, and by windows of which length and stride, in tokens."""
-
-    split: Literal["train", "validation"] | None = None
-    text: RecipePath | None = None
-    window: int | None = Field(default=None, ge=2)
-    stride: PositiveInt | None = None
-
-
-class Samples(Generation):
-    """Texts the model goes on from."""
-
-    prompts: tuple[str, ...] = Field(min_length=1)
-    decoding: Decoding = "sample"
+MEASURES = ("perplexity", "classification", "generation", "tasks", "samples")
 
 
 class Evaluate(Stage):
-    """``kind: evaluate``."""
+    """``kind: evaluate``.
+
+    ``classification`` and ``generation`` have a name for each file; what was answered and
+    written is in the stage's folder, as ``classification-NAME.jsonl`` and
+    ``generation-NAME.jsonl``.
+    """
 
     kind: Literal["evaluate"]
     model: StageOrFolder
     corpus: str | None = None
     perplexity: Perplexity | None = None
+    classification: dict[Name, Classification] | None = None
+    generation: dict[Name, WrittenTexts] | None = None
+    tasks_: Tasks | None = Field(default=None, alias="tasks")
     samples: Samples | None = None
 
     links: ClassVar[Mapping[str, Link]] = {
@@ -65,14 +53,30 @@ class Evaluate(Stage):
             named["corpus"] = str(trained_on)
         return named
 
-    def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
-        return (Task("run", on_device=True),)
+    def sources(self) -> list[Any]:
+        files = [file for measure in self._measures() for file in measure.files()]
+        return [[file, *version_of(Path(file))] for file in files]
+
+    def tasks(self, cluster: ClusterSettings) -> tuple[RankTask, ...]:
+        return (RankTask("run", on_device=True),)
+
+    def _measures(self) -> list[Any]:
+        """Those that read files."""
+        named = [*(self.classification or {}).values(), *(self.generation or {}).values()]
+        return [one for one in (self.perplexity, *named, self.tasks_) if one is not None]
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
-        if self.perplexity is None and self.samples is None:
-            yield Problem((), "measures nothing; add perplexity or samples")
+        if not self._measures() and self.samples is None:
+            yield Problem((), f"measures nothing; add {', '.join(MEASURES[:-1])} or {MEASURES[-1]}")
         if self.perplexity is not None:
-            yield from self._perplexity_problems(self.perplexity, view)
+            has_corpus = "corpus" in self.linked(view.stages)
+            yield from under("perplexity", self.perplexity.problems(has_corpus))
+        for name, labelled in (self.classification or {}).items():
+            yield from under("classification", under(name, labelled.problems()))
+        for name, written in (self.generation or {}).items():
+            yield from under("generation", under(name, written.problems()))
+        if self.tasks_ is not None:
+            yield from under("tasks", self.tasks_.problems())
         yield from self._objective_problems(view)
 
     def _objective_problems(self, view: RecipeView) -> Iterator[Problem]:
@@ -88,73 +92,125 @@ class Evaluate(Stage):
                 "neither perplexity nor samples; remove this stage",
             )
 
-    def _perplexity_problems(self, perplexity: Perplexity, view: RecipeView) -> Iterator[Problem]:
-        if (perplexity.split is None) == (perplexity.text is None):
-            given = "neither is given" if perplexity.text is None else "both are given"
-            yield Problem(("perplexity",), f"give either split or text, not both; {given}")
-        elif perplexity.split is not None and "corpus" not in self.linked(view.stages):
-            yield Problem(
-                ("perplexity", "split"),
-                "there is no corpus to take it from; set corpus, or give perplexity.text",
-            )
-        elif perplexity.text is not None and not is_file(perplexity.text):
-            yield Problem(
-                ("perplexity", "text"), f"{perplexity.text} is no file; give a text file's path"
-            )
-        if perplexity.window and perplexity.stride and perplexity.stride > perplexity.window:
-            yield Problem(
-                ("perplexity", "stride"),
-                f"{perplexity.stride} is above window {perplexity.window}, which would leave "
-                f"tokens out; use at most {perplexity.window}",
-            )
-
     def run(self, task: str, workspace: Workspace) -> None:
         from llmscale.evaluation.models import load_model
+        from llmscale.evaluation.packages import require
 
+        require(self.classification, self.generation, self.tasks_)
         model, tokenizer = load_model(workspace.inputs["model"], workspace.device)
-        if self.perplexity is not None:
-            workspace.folder.add_metrics(
-                **self._score(self.perplexity, model, tokenizer, workspace)
-            )
-        if self.samples is not None:
-            self._sample(self.samples, model, tokenizer, workspace)
+        rank = _Rank(self, workspace, model, tokenizer)
+        for measure in MEASURES:
+            if figures := getattr(rank, measure)():
+                workspace.folder.add_metrics(**figures)
 
-    def _texts(self, perplexity: Perplexity, workspace: Workspace) -> Iterable[str]:
-        if perplexity.split is not None:
-            return read_split(workspace.inputs["corpus"], perplexity.split)
-        return (document.text for document in read_documents(Path(str(perplexity.text))))
 
-    def _score(
-        self, perplexity: Perplexity, model: Any, tokenizer: Any, workspace: Workspace
-    ) -> dict[str, float]:
-        from llmscale.evaluation.perplexity import likelihood, unigram_entropy
+class _Rank:
+    """A loaded model and what is measured of it; each measure gives its figures."""
 
-        texts = list(self._texts(perplexity, workspace))
+    def __init__(self, stage: Evaluate, workspace: Workspace, model: Any, tokenizer: Any) -> None:
+        self.stage = stage
+        self.workspace = workspace
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def perplexity(self) -> dict[str, Any]:
+        from llmscale.evaluation.perplexity import (
+            Likelihood,
+            likelihood_intervals,
+            likelihoods,
+            unigram_entropy,
+        )
+
+        settings = self.stage.perplexity
+        if settings is None:
+            return {}
+        texts = list(self._texts(settings))
         if not any(texts):
             raise RecipeError("there is no text to score; raise the corpus's validation_fraction")
-        longest = model.config.max_position_embeddings
-        length = min(perplexity.window or longest, longest)
-        total = likelihood(
-            model,
-            tokenizer,
+        longest = self.model.config.max_position_embeddings
+        length = min(settings.window or longest, longest)
+        each = likelihoods(
+            self.model,
+            self.tokenizer,
             texts,
             length=length,
-            stride=min(perplexity.stride or max(1, length // 2), length),
-            on_text=lambda done: workspace.progress.update(done, len(texts), "texts"),
+            stride=min(settings.stride or max(1, length // 2), length),
+            on_text=lambda done: self.workspace.progress.update(done, len(texts), "texts"),
         )
         counts = Counter(
             token
             for text in texts
-            for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            for token in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         )
-        return {**total.metrics(), "unigram_entropy": unigram_entropy(counts.values())}
+        return {
+            **sum(each, Likelihood()).metrics(),
+            **likelihood_intervals(each, self.workspace.seed),
+            "unigram_entropy": unigram_entropy(counts.values()),
+        }
 
-    def _sample(self, samples: Samples, model: Any, tokenizer: Any, workspace: Workspace) -> None:
+    def _texts(self, perplexity: Perplexity) -> Iterable[str]:
+        if perplexity.split is not None:
+            return read_split(self.workspace.inputs["corpus"], perplexity.split)
+        return (document.text for document in read_documents(Path(str(perplexity.text))))
+
+    def classification(self) -> dict[str, Any]:
+        from llmscale.evaluation.classification import classify
+
+        found = {}
+        for name, form in (self.stage.classification or {}).items():
+            found[name], told = classify(
+                self.model,
+                self.tokenizer,
+                form,
+                form.task(),
+                self.workspace.seed,
+                self._progress(f"texts of {name}"),
+            )
+            self._write(f"classification-{name}.jsonl", told)
+        return {"classification": found} if found else {}
+
+    def generation(self) -> dict[str, Any]:
+        from llmscale.evaluation.references import written_against_references
+
+        found = {}
+        for name, settings in (self.stage.generation or {}).items():
+            found[name], told = written_against_references(
+                self.model,
+                self.tokenizer,
+                settings.records(),
+                settings,
+                self.workspace.seed,
+                self._progress(f"prompts of {name}"),
+            )
+            self._write(f"generation-{name}.jsonl", told)
+        return {"generation": found} if found else {}
+
+    def tasks(self) -> dict[str, Any]:
+        from llmscale.evaluation.harness import harness_figures
+
+        wanted = self.stage.tasks_
+        if wanted is None:
+            return {}
+        folder = Path(wanted.folder) if wanted.folder else None
+        return {"tasks": harness_figures(self.model, self.tokenizer, wanted.names, folder)}
+
+    def samples(self) -> dict[str, Any]:
+        samples, workspace = self.stage.samples, self.workspace
+        if samples is None:
+            return {}
         texts = []
         for number, prompt in enumerate(samples.prompts):
             workspace.progress.update(number, len(samples.prompts), "samples")
             seed = workspace.seed + number
-            said, _ = answers_or_continuations(model, tokenizer, prompt, samples, seed)
+            said, _ = answers_or_continuations(self.model, self.tokenizer, prompt, samples, seed)
             texts.append({"prompt": prompt, "text": said[0]})
         write_json(workspace.folder.path / "samples.json", texts)
         workspace.progress.update(len(texts), len(texts), "samples")
+        return {}
+
+    def _progress(self, unit: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.workspace.progress.update(done, total, unit)
+
+    def _write(self, name: str, told: list[dict[str, Any]]) -> None:
+        lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in told)
+        write_text(self.workspace.folder.path / name, "".join(lines))
