@@ -6,6 +6,7 @@ from llmscale.stages.evaluate import Evaluate
 from llmscale.stages.finetune import Finetune
 from llmscale.stages.prepare import Prepare
 from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.quantize import Quantize
 from llmscale.stages.reward import Reward
 from llmscale.stages.tokenizer import Tokenizer
 
@@ -16,5 +17,6 @@ KINDS: dict[str, type[Stage]] = {
     "finetune": Finetune,
     "reward": Reward,
     "dpo": Dpo,
+    "quantize": Quantize,
     "evaluate": Evaluate,
 }
