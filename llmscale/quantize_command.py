@@ -81,8 +81,8 @@ def compare_schemes(
         return compare(
             folder,
             names,
-            [document.text for file in texts for document in read_documents(file)],
-            list(texts_of(calibration)),
+            texts_of(texts),
+            lambda: texts_of(calibration),
             tokens=tokens,
             window=window,
             on_step=on_step,

@@ -6,7 +6,7 @@ Shape legend: n windows, s tokens in one, v vocabulary.
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from llmscale.quantization.sizes import folder_sizes
 
 DECODED_TOKENS = 32
 MOST_WINDOWS = 16
+SPREAD = 16
+"""How many times as many windows are read, at most, to take some from evenly."""
 
 
 def compare(
     source: Path,
     schemes: Sequence[SchemeName],
-    texts: Sequence[str],
-    calibration: Sequence[str],
+    texts: Iterable[str],
+    calibration: Callable[[], Iterable[str]],
     *,
     tokens: int,
     window: int | None = None,
@@ -39,6 +41,9 @@ def compare(
 
     ``agreement`` is how often the likeliest next token is the model's own, ``divergence`` the mean
     Kullback-Leibler divergence of the next token's distribution from the model's, in nats.
+
+    Args:
+        calibration: gives the texts to calibrate with, anew for each scheme.
 
     Raises:
         RecipeError: if the texts fill no window, or a model cannot be quantized.
@@ -53,7 +58,7 @@ def compare(
         for number, scheme in enumerate(schemes, 1):
             on_step(number, len(schemes) + 1)
             folder = Path(scratch) / scheme
-            given = calibration if SCHEMES[scheme].calibrated else None
+            given = calibration() if SCHEMES[scheme].calibrated else None
             settings = Quantization(scheme=scheme)
             figures = quantize(source, folder, settings, given, tokens=tokens)
             rows.append({**figures, **measure.of(folder)})
@@ -64,7 +69,7 @@ def compare(
 class _Measure:
     """Measures models against the first one."""
 
-    def __init__(self, source: Path, texts: Sequence[str], window: int | None) -> None:
+    def __init__(self, source: Path, texts: Iterable[str], window: int | None) -> None:
         model, tokenizer = load_model(source)
         longest = model.config.max_position_embeddings
         length = min(window or 1024, longest)
@@ -95,7 +100,7 @@ class _Measure:
         }
 
 
-def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
+def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     first = [] if start is None else [start]
     step = length - len(first)
@@ -103,6 +108,8 @@ def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> Tensor:
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         windows += [first + ids[b : b + step] for b in range(0, len(ids) - step + 1, step)]
+        if len(windows) >= SPREAD * MOST_WINDOWS:
+            break
     if not windows:
         raise RecipeError(
             f"--text: is too short: no text has {length} tokens; give a longer one, or --window"

@@ -165,7 +165,7 @@ def fitting_group_size(wanted: int | None, columns: Iterable[int]) -> tuple[int,
             first = next(width for width in widths if width % larger[-1])
             return (
                 size,
-                f"group size {size}: {larger[-1]} does not divide {first} inputs",
+                f"group size {size}: {larger[-1]} does not divide {first} inputs of a layer",
             )
     common = [size for size in divisors(widths[0]) if not any(width % size for width in widths)]
     fitting = choices([size for size in common if size >= 8][-4:] or common[-1:])

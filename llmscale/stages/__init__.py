@@ -1,6 +1,7 @@
 """The kinds of stages. A new kind is one file here and one line below."""
 
 from llmscale.stages.base import Stage
+from llmscale.stages.compare import Compare
 from llmscale.stages.dpo import Dpo
 from llmscale.stages.evaluate import Evaluate
 from llmscale.stages.finetune import Finetune
@@ -18,5 +19,6 @@ KINDS: dict[str, type[Stage]] = {
     "reward": Reward,
     "dpo": Dpo,
     "quantize": Quantize,
+    "compare": Compare,
     "evaluate": Evaluate,
 }

@@ -10,7 +10,7 @@ from llmscale.artifacts import version_of
 from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
-from llmscale.quantization.schemes import SCHEMES, Quantization
+from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
 from llmscale.settings import Problem, Settings
 from llmscale.stages.base import (
     MODEL_FILES,
@@ -24,12 +24,11 @@ from llmscale.stages.base import (
 )
 
 
-class Calibration(Settings):
-    """Texts to calibrate with: a split of the stage's corpus, or files; and how many tokens."""
+class Texts(Settings):
+    """Texts of a split of the stage's corpus, or of files."""
 
     split: Literal["train", "validation"] | None = None
     text: RecipePattern | None = None
-    tokens: PositiveInt = 32768
 
     def problems(self, has_corpus: bool) -> Iterator[Problem]:
         """What is wrong beyond types."""
@@ -51,16 +50,25 @@ class Calibration(Settings):
             for document in read_documents(file):
                 yield document.text
 
+    def sources(self) -> list[Any]:
+        """Plain data that changes when a file does."""
+        files = matching_files(self.text) if self.text is not None else []
+        return [[str(file), *version_of(file)] for file in files]
 
-class Quantize(Stage, Quantization):
-    """``kind: quantize``. Gives ``hf/``."""
 
-    kind: Literal["quantize"]
+class Calibration(Texts):
+    """Texts to calibrate with, and how many tokens of them."""
+
+    tokens: PositiveInt = 32768
+
+
+class QuantizedStage(Stage):
+    """What stages that quantize have in common."""
+
     model: StageOrFolder
     corpus: str | None = None
     calibration: Calibration | None = None
 
-    product: ClassVar[str] = "hf"
     links: ClassVar[Mapping[str, Link]] = {
         "model": Link(("pretrain", "finetune", "dpo"), or_folder=True, folder_holds=MODEL_FILES),
         "corpus": Link(("prepare",)),
@@ -77,23 +85,44 @@ class Quantize(Stage, Quantization):
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
         return (Task("run"),)
 
+    def texts(self) -> Mapping[str, Texts]:
+        """The texts that are read, by the key they stand under."""
+        return {} if self.calibration is None else {"calibration": self.calibration}
+
+    def schemes_by_key(self) -> Mapping[tuple[str, ...], SchemeName]:
+        """The schemes asked for, by where they stand."""
+        raise NotImplementedError
+
     def sources(self) -> list[Any]:
-        if self.calibration is None or self.calibration.text is None:
-            return []
-        return [[str(f), *version_of(f)] for f in matching_files(self.calibration.text)]
+        return [texts.sources() for texts in self.texts().values()]
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
+        for path, name in self.schemes_by_key().items():
+            if SCHEMES[name].calibrated and self.calibration is None:
+                yield Problem(
+                    path,
+                    f"{name} is calibrated with texts; add calibration: {{split: train}}, or "
+                    "{text: FILE}",
+                )
+        for key, texts in self.texts().items():
+            for problem in texts.problems("corpus" in self.linked(view.stages)):
+                yield Problem((key, *problem.path), problem.message)
+
+
+class Quantize(QuantizedStage, Quantization):
+    """``kind: quantize``. Gives ``hf/``."""
+
+    kind: Literal["quantize"]
+
+    product: ClassVar[str] = "hf"
+
+    def schemes_by_key(self) -> Mapping[tuple[str, ...], SchemeName]:
+        return {("scheme",): self.scheme}
+
+    def problems(self, view: RecipeView) -> Iterator[Problem]:
+        yield from super().problems(view)
         for key, wrong in self.misplaced():
             yield Problem((key,), wrong)
-        if SCHEMES[self.scheme].calibrated and self.calibration is None:
-            yield Problem(
-                ("scheme",),
-                f"{self.scheme} is calibrated with texts; add calibration: {{split: train}}, or "
-                "{text: FILE}",
-            )
-        if self.calibration is not None:
-            for problem in self.calibration.problems("corpus" in self.linked(view.stages)):
-                yield Problem(("calibration", *problem.path), problem.message)
 
     def run(self, task: str, workspace: Workspace) -> None:
         from llmscale.quantization.quantize import Listener, quantize
