@@ -1,6 +1,5 @@
 """bitsandbytes' own formats, by transformers' way to load and to save them."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,22 +7,12 @@ import torch
 
 from llmscale.artifacts import new_folder
 from llmscale.data.tokenizer import load_tokenizer
-from llmscale.errors import MachineError
 
 
 def write_bitsandbytes_folder(
     source: Path, target: Path, kind: Literal["nf4", "fp4", "int8"]
 ) -> None:
-    """Writes ``target`` with the weights of linear layers in 4-bit blocks, or in 8 bits.
-
-    Raises:
-        MachineError: if a package is missing.
-    """
-    for package in ("bitsandbytes", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise MachineError(
-                f"{kind}: the package {package} is missing; pip install 'llmscale[quantization]'"
-            )
+    """Writes ``target`` with the weights of linear layers in 4-bit blocks, or in 8 bits."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 

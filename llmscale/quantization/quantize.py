@@ -1,5 +1,6 @@
 """From a model's folder, a scheme and texts to a folder with quantized weights."""
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,15 +11,14 @@ import torch
 
 import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
-from llmscale.errors import RecipeError
+from llmscale.errors import MachineError, RecipeError
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
-from llmscale.quantization.engine import quantize_folder
-from llmscale.quantization.layers import Recipe
-from llmscale.quantization.schemes import Quantization, fitting_group_size
+from llmscale.quantization.schemes import Quantization, Scheme, fitting_group_size
 from llmscale.quantization.sizes import folder_sizes
 
 CALIBRATION_TOKENS = 32768
+PACKAGES = ("compressed_tensors", "greenlet")
 
 
 @dataclass
@@ -56,6 +56,7 @@ def quantize(
     scheme, begun = settings.composition(), time.monotonic()
     for key, wrong in settings.misplaced():
         raise RecipeError(f"{key}: {wrong}")
+    _require_packages(settings.scheme, scheme)
     model = BlockwiseModel(source)
     if scheme.library_type is not None:
         from llmscale.quantization.bitsandbytes_folder import write_bitsandbytes_folder
@@ -63,13 +64,11 @@ def quantize(
         write_bitsandbytes_folder(source, target, scheme.library_type)
         return _figures(settings, model, target, begun, {})
     more: dict[str, Any] = {}
-    group_size = None
+    group_size, why = None, ""
     if scheme.grouped:
         columns = [model.blocks[0].get_parameter(f"{name}.weight").shape[1] for name in model.names]
         group_size, why = fitting_group_size(settings.group_size, columns)
         more["group_size"] = group_size
-        if why:
-            listener.say(why)
     windows = None
     if scheme.calibrated:
         if texts is None:
@@ -79,9 +78,23 @@ def quantize(
         more["calibration_tokens"] = windows.numel()
         if windows.numel() < tokens // windows.shape[1] * windows.shape[1]:
             listener.say(f"{where}: holds {windows.numel():,} tokens of the {tokens:,} wanted")
+    if why:
+        listener.say(why)
+    from llmscale.quantization.engine import quantize_folder
+    from llmscale.quantization.layers import Recipe
+
     dtype = torch.float16 if model.config.dtype == torch.float16 else torch.bfloat16
     quantize_folder(model, target, Recipe(scheme, group_size, dtype), windows, listener.on_block)
     return _figures(settings, model, target, begun, more)
+
+
+def _require_packages(name: str, scheme: Scheme) -> None:
+    own = ("bitsandbytes", "accelerate") if scheme.library_type else PACKAGES
+    for package in own:
+        if importlib.util.find_spec(package) is None:
+            raise MachineError(
+                f"{name}: the package {package} is missing; pip install 'llmscale[quantization]'"
+            )
 
 
 def _figures(

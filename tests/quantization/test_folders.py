@@ -71,7 +71,7 @@ def test_the_package_reads_back_our_own_numbers(name: SchemeName, symmetric: boo
     stored = stored_tensors(layer, recipe)
 
     form = package_scheme(recipe)
-    compressor = BaseCompressor.get_value_from_registry(form.format.value)
+    compressor = BaseCompressor.get_value_from_registry(form.format)
     in_fp32 = {k: t.float() if t.dtype == torch.bfloat16 else t for k, t in stored.items()}
     assert torch.equal(compressor.decompress(in_fp32, form)["weight"], layer.weight_oi)
     in_bf16 = compressor.decompress(stored, form)["weight"]

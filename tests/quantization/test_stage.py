@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.quantization.small import TEXT, small_llama
-from tests.ranks import run_recipe
 
 from llmscale.artifacts import RunFolder
 from llmscale.errors import RecipeError
 from llmscale.recipe.recipe import load_recipe
+from tests.quantization.small import TEXT, small_llama
+from tests.ranks import run_recipe
 
 RECIPE = f"""
 name: small
