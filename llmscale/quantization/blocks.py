@@ -37,7 +37,7 @@ class BlockwiseModel:
     """A causal language model from a folder, loaded a block at a time, in fp32.
 
     Raises:
-        RecipeError: if the folder holds no decoder whose blocks have linear layers.
+        RecipeError: if the folder holds no decoder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +62,26 @@ class BlockwiseModel:
             ) from None
         self.folder = folder
         self.prefix, self.blocks = _blocks(self.model, folder)
-        self.names = _linears(self.blocks[0], folder)
+        self.names = [
+            name for name, part in self.blocks[0].named_modules() if isinstance(part, nn.Linear)
+        ]
+
+    def require_linear_layers(self) -> None:
+        """Checks that the blocks' large weights are those of linear layers.
+
+        Raises:
+            RecipeError: if they are not.
+        """
+        if any(parameter.ndim > 2 for parameter in self.blocks[0].parameters()):
+            raise RecipeError(
+                f"{self.folder}: its experts are no linear layers, and would be left out; use nf4 "
+                "or fp4"
+            )
+        if not self.names:
+            raise RecipeError(
+                f"{self.folder}: its blocks have no linear layers (torch.nn.Linear); give a model "
+                "of another family, such as llama or qwen"
+            )
 
     def block_tensors(self, number: int) -> dict[str, Tensor]:
         """A block's tensors by their names within it, as stored.
@@ -158,17 +177,3 @@ def _blocks(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise RecipeError(f"{folder}: {model.config.model_type} has no row of blocks; give a decoder")
-
-
-def _linears(block: nn.Module, folder: Path) -> list[str]:
-    if any(parameter.ndim > 2 for parameter in block.parameters()):
-        raise RecipeError(
-            f"{folder}: its experts are no linear layers, and would be left out; use nf4 or fp4"
-        )
-    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise RecipeError(
-            f"{folder}: its blocks have no linear layers (torch.nn.Linear); give a model of "
-            "another family, such as llama or qwen"
-        )
-    return names

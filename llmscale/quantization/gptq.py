@@ -21,12 +21,13 @@ class NotPositiveDefinite(ValueError):
 
 
 def usable(hessian_ii: Tensor) -> Tensor:
-    """The same with ones on the diagonal where a column's inputs are always zero."""
+    """The same with the least diagonal there is where a column's inputs are always zero."""
     hessian = hessian_ii.clone()
     dead = hessian.diagonal() <= 0
+    live = hessian.diagonal()[~dead]
     hessian[dead] = 0
     hessian[:, dead] = 0
-    hessian.diagonal()[dead] = 1
+    hessian.diagonal()[dead] = live.min() if len(live) else 1
     return hessian
 
 

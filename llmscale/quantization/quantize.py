@@ -63,6 +63,7 @@ def quantize(
 
         write_bitsandbytes_folder(source, target, scheme.library_type)
         return _figures(settings, model, target, begun, {})
+    model.require_linear_layers()
     more: dict[str, Any] = {}
     group_size, why = None, ""
     if scheme.grouped:

@@ -36,5 +36,5 @@ def folder_sizes(folder: Path, model: BlockwiseModel) -> dict[str, Any]:
                     of_layers += bits
     return {
         "megabytes": round(total / 8e6, 2),
-        "bits_per_weight": round(of_layers / sum(layers.values()), 3),
+        "bits_per_weight": round(of_layers / sum(layers.values()), 3) if layers else None,
     }
