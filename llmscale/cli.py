@@ -358,6 +358,55 @@ def evaluate(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    scheme: Annotated[str | None, typer.Option(help="Such as int4-gptq; see the docs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="A text file to calibrate with; again for more.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 32768,
+    group_size: Annotated[
+        int | None, typer.Option(min=1, help="Columns that share a scale, in 4 bits.")
+    ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="With zero points, in 4 bits.")
+    ] = False,
+    compare: Annotated[
+        str | None, typer.Option(help="Schemes to compare, separated by commas.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text file to compare on; again for more.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens a window.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model with quantized weights, or compare schemes."""
+    from llmscale import quantize_command as command
+
+    if compare is not None:
+        rows = command.compare_schemes(
+            model, compare, text or [], calibration or [], tokens, window
+        )
+        _answer(as_json, {"schemes": rows}, command.table(rows))
+        return
+    if scheme is None or out is None:
+        raise RecipeError(
+            f"--{'scheme' if scheme is None else 'out'}: is missing; give --scheme and --out, or "
+            "--compare and --text"
+        )
+    figures = command.quantize_model(
+        model, scheme, out, calibration or [], tokens, group_size, not asymmetric
+    )
+    _answer(
+        as_json,
+        figures,
+        f"wrote {out}, {figures['megabytes']:,} MB, {figures['bits_per_weight']} bits a weight, "
+        f"in {figures['quantize_seconds']:,.0f} s",
+    )
+
+
+@app.command()
 def export(
     run_stage: Annotated[str, typer.Argument(metavar="RUN_DIR[:STAGE]")],
     out: Out,

@@ -1,6 +1,5 @@
 """Hugging Face folders in and out of any layout: safetensors, configuration, tokenizer."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +7,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,55 +15,14 @@ from llmscale.models.architecture import Architecture
 from llmscale.models.families.rules import weight_rules
 from llmscale.models.huggingface_config import write_config
 from llmscale.models.megatron import global_parameters, tensor_group
+from llmscale.models.stored_weights import INDEX, SINGLE
 from llmscale.models.weights import Weight
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-
-class HuggingFaceWeights:
-    """The tensors of a Hugging Face folder by name, read one at a time.
-
-    Raises:
-        FileNotFoundError: if the folder holds no safetensors.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / INDEX
-        if index.exists():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif (folder / SINGLE).exists():
-            with safe_open(folder / SINGLE, framework="pt") as file:
-                files = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise FileNotFoundError(f"{folder}: no {SINGLE} and no {INDEX}")
-        self._files = {name: folder / file for name, file in files.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._files:
-            name = _former_name(name)
-        if name not in self._files and name == "lm_head.weight":
-            name = "shared.weight"  # T5 of version 1.1 whose tables are equal
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
 
 
 class TensorSource(Protocol):
     """Hugging Face tensors by name."""
 
     def __getitem__(self, name: str) -> Tensor: ...
-
-
-def _former_name(name: str) -> str:
-    """What GPT-2's and BERT's own first folders call a tensor."""
-    name = name.removeprefix("transformer.")
-    norms = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-    for now, then in norms.items():
-        name = name.replace(now, then)
-    return name
 
 
 def describe(

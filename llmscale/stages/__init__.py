@@ -1,11 +1,13 @@
 """The kinds of stages. A new kind is one file here and one line below."""
 
 from llmscale.stages.base import Stage
+from llmscale.stages.compare import Compare
 from llmscale.stages.dpo import Dpo
 from llmscale.stages.evaluate import Evaluate
 from llmscale.stages.finetune import Finetune
 from llmscale.stages.prepare import Prepare
 from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.quantize import Quantize
 from llmscale.stages.reward import Reward
 from llmscale.stages.tokenizer import Tokenizer
 
@@ -16,5 +18,7 @@ KINDS: dict[str, type[Stage]] = {
     "finetune": Finetune,
     "reward": Reward,
     "dpo": Dpo,
+    "quantize": Quantize,
+    "compare": Compare,
     "evaluate": Evaluate,
 }

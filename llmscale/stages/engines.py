@@ -10,8 +10,9 @@ from torch import Tensor
 from llmscale.clusters.devices import require_engine, require_quantization
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
-from llmscale.models.huggingface import HuggingFaceWeights, fill
+from llmscale.models.huggingface import fill
 from llmscale.models.score_head import HEAD, new_head
+from llmscale.models.stored_weights import HuggingFaceWeights
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.probes import require_precision
 from llmscale.stages.imported import is_import, load_imported

@@ -41,7 +41,9 @@ class Evaluate(Stage):
     samples: Samples | None = None
 
     links: ClassVar[Mapping[str, Link]] = {
-        "model": Link(("pretrain", "finetune", "dpo"), or_folder=True, folder_holds=MODEL_FILES),
+        "model": Link(
+            ("pretrain", "finetune", "dpo", "quantize"), or_folder=True, folder_holds=MODEL_FILES
+        ),
         "corpus": Link(("prepare",)),
     }
 

@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 
 from llmscale.artifacts import COMPLETE, checksum, damage, mark_complete, new_folder
 from llmscale.errors import RecipeError
-from llmscale.models.huggingface import HuggingFaceWeights, fill
+from llmscale.models.huggingface import fill
 from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+from llmscale.models.stored_weights import HuggingFaceWeights
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.world import joined_world, process_groups
 from llmscale.training.megatron_engine import MegatronEngine

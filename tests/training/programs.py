@@ -58,8 +58,9 @@ def _round_trip(given: dict[str, Any], layout: Layout, world: Any) -> list[float
     from megatron.core import parallel_state
     from safetensors.torch import save_file
 
-    from llmscale.models.huggingface import HuggingFaceWeights, export, fill
+    from llmscale.models.huggingface import export, fill
     from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+    from llmscale.models.stored_weights import HuggingFaceWeights
     from llmscale.training.megatron_engine import MegatronEngine
     from llmscale.training.objectives import Causal
     from llmscale.training.settings import Optimizer
@@ -259,9 +260,10 @@ def adapter_gradients(job: Job, rank: int, rendezvous: str) -> None:
         import torch
         from safetensors.torch import load_file, save_file
 
-        from llmscale.models.huggingface import HuggingFaceWeights, fill
+        from llmscale.models.huggingface import fill
         from llmscale.models.huggingface_config import read_architecture, read_vocabulary
         from llmscale.models.low_rank import low_rank_pairs
+        from llmscale.models.stored_weights import HuggingFaceWeights
         from llmscale.training.batches import tokens_alone
         from llmscale.training.megatron_engine import MegatronEngine
         from llmscale.training.objectives import Causal

@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from llmscale.data.tokenizer import train_tokenizer
 from llmscale.errors import RecipeError, StageError
 from llmscale.evaluation.models import load_model
-from llmscale.models.huggingface import HuggingFaceWeights
+from llmscale.models.stored_weights import HuggingFaceWeights
 from llmscale.training.batches import TokenBatch
 from llmscale.training.objectives import Masked
 from tests.models.test_huggingface import tensors

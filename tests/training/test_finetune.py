@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -21,9 +22,10 @@ from llmscale.data.chat import Example, prompt_text
 from llmscale.data.conversations import Turn
 from llmscale.data.templates import TEMPLATES
 from llmscale.errors import RecipeError, StageError
+from llmscale.evaluate_command import Measures, Texts, evaluate
 from llmscale.evaluation.models import load_model
 from llmscale.models.huggingface_config import read_architecture
-from llmscale.models_at_hand import export, generate_text, import_model, perplexity
+from llmscale.models_at_hand import export, generate_text, import_model
 from llmscale.progress import Progress
 from llmscale.recipe.recipe import load_recipe
 from llmscale.stages.base import Workspace
@@ -505,7 +507,8 @@ def check_virtual_tokens_are_used(
     scored = tokenizer("the sky; the sea", return_tensors="pt", add_special_tokens=False)
     read = torch.cat([end, scored["input_ids"]], 1)
     nats = cross_entropy(logits(read)[0, :-1], read[0, 1:])
-    figures = perplexity(str(folder), [text], None, None)[str(text)]
+    asked = Measures(Texts([text], None, None), None, None, None)
+    figures = evaluate(str(folder), asked, 0, Console(quiet=True))[str(text)]
     assert figures["perplexity"] == pytest.approx(float(nats.exp()), rel=1e-4)
     with pytest.raises(RecipeError, match=r"the virtual tokens in adapter/ .* would be lost"):
         read_architecture(folder)

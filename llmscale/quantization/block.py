@@ -1,0 +1,161 @@
+"""Quantizing one block, its layers in the order in which they compute.
+
+Shape legend: s positions, d hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmscale.errors import RecipeError
+from llmscale.quantization.families import BEFORE, divided_outputs, shares
+from llmscale.quantization.formats import stored_tensors
+from llmscale.quantization.gptq import NotPositiveDefinite
+from llmscale.quantization.inputs import InputStatistics
+from llmscale.quantization.layers import QuantizedGroup, QuantizedLayer, Recipe, quantize_layers
+from llmscale.quantization.paused import PausedPass, pause
+
+
+@dataclass
+class BlockResult:
+    """The tensors of a block as they are stored, and what it computes with them."""
+
+    tensors: dict[str, Tensor]
+    outputs: list[Tensor]
+
+
+def layers_by_input(
+    block: nn.Module, names: Sequence[str], inputs: Tensor, told: Mapping[str, Any]
+) -> list[list[str]]:
+    """The names of linear layers in the order they run, those with one input together."""
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str, given: Tensor) -> None:
+        for other, together in seen:
+            if other is given:
+                together.append(name)
+                return
+        seen.append((given, [name]))
+
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _, given, name=name: note(name, given[0])
+        )
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            block(inputs, **told)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [together for _, together in seen]
+
+
+@torch.no_grad()
+def quantize_block(
+    block: nn.Module,
+    groups: Sequence[Sequence[str]],
+    recipe: Recipe,
+    inputs: Sequence[Tensor],
+    told: Mapping[str, Any],
+    config: Any,
+) -> BlockResult:
+    """Quantizes a block by its inputs [1, s, d], a window each, in one forward pass.
+
+    Every window's pass waits before each group of layers until they are quantized, so that the
+    next layers see what these compute in the end ("true sequential").
+
+    Raises:
+        RecipeError: if a layer's inputs are of no use.
+    """
+    passes = [PausedPass(partial(block, given, **told)) for given in inputs]
+    leaders = {group[0] for group in groups}
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, given: pause(given[0]))
+        for name in leaders
+    ]
+    done: dict[str, QuantizedLayer] = {}
+    changed: dict[str, Tensor] = {}
+    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    try:
+        for group in groups:
+            weights = {name: _weight(block, name) for name in group}
+            columns = weights[group[0]].shape[1]
+            statistics = InputStatistics(columns, recipe.scheme.by_products)
+            for one in passes:
+                statistics.add(one.go_on())
+            shares_i = shares(group[0], config, columns)
+            try:
+                quantized = quantize_layers(weights, recipe, statistics, shares_i)
+            except NotPositiveDefinite:
+                raise RecipeError(
+                    f"the inputs of {group[0]} are not finite or alike, so that GPTQ cannot use "
+                    "them; give other texts to calibrate"
+                ) from None
+            if quantized.scales_i is not None and shares_i is not None:
+                _divide(before, changed, done, recipe, group[0], quantized, shares_i)
+            for name in group:
+                _weight(block, name).copy_(quantized.effective(name))
+            done |= quantized.layers
+        for one in passes:
+            one.go_on()
+        outputs = [one.result[0] if isinstance(one.result, tuple) else one.result for one in passes]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for one in passes:
+            one.close()
+    return BlockResult(_stored({**before, **changed}, done, recipe), outputs)
+
+
+@torch.no_grad()
+def round_block(block: nn.Module, names: Sequence[str], recipe: Recipe) -> BlockResult:
+    """Quantizes a block without calibration."""
+    done: dict[str, QuantizedLayer] = {}
+    for name in names:
+        done |= quantize_layers({name: _weight(block, name)}, recipe).layers
+    return BlockResult(_stored(block.state_dict(), done, recipe), [])
+
+
+def _weight(block: nn.Module, name: str) -> Tensor:
+    return block.get_parameter(f"{name}.weight")
+
+
+def _divide(
+    tensors: Mapping[str, Tensor],
+    changed: dict[str, Tensor],
+    done: dict[str, QuantizedLayer],
+    recipe: Recipe,
+    leader: str,
+    quantized: QuantizedGroup,
+    shares_i: Tensor,
+) -> None:
+    """Moves a group's scales to what comes before it, whose rows are divided."""
+    assert quantized.scales_i is not None
+    source = BEFORE[leader]
+    changed |= divided_outputs(tensors, leader, quantized.scales_i, shares_i)
+    if source in done:
+        layer = done[source]
+        outputs = int(shares_i.max()) + 1
+        scales = torch.ones(outputs).index_copy_(0, shares_i, quantized.scales_i)
+        scale_og = (layer.grid.scale_og / scales[:, None]).to(recipe.dtype).float()
+        done[source] = replace(layer, grid=replace(layer.grid, scale_og=scale_og))
+
+
+def _stored(
+    tensors: Mapping[str, Tensor], done: Mapping[str, QuantizedLayer], recipe: Recipe
+) -> dict[str, Tensor]:
+    kept = {
+        name: tensor.to(recipe.dtype)
+        for name, tensor in tensors.items()
+        if name.removesuffix(".weight") not in done
+    }
+    for name, layer in done.items():
+        own = stored_tensors(layer, recipe)
+        kept |= {f"{name}.{part}": tensor for part, tensor in own.items()}
+    return kept

@@ -1,0 +1,176 @@
+"""Quantizing a Hugging Face folder block by block, resumable after every block.
+
+Shape legend: n windows, s tokens in one, d hidden size.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import llmscale.quiet  # noqa: F401
+from llmscale.artifacts import (
+    fingerprint,
+    folder_fingerprint,
+    publish_folder,
+    read_json,
+    sync_file,
+    write_json,
+)
+from llmscale.models.stored_weights import INDEX
+from llmscale.quantization.block import (
+    BlockResult,
+    layers_by_input,
+    quantize_block,
+    round_block,
+)
+from llmscale.quantization.blocks import BlockwiseModel
+from llmscale.quantization.formats import quantization_config
+from llmscale.quantization.layers import Recipe
+
+CALL = "call.json"
+INPUTS = "inputs"
+LEFT_ALONE = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+def quantize_folder(
+    model: BlockwiseModel,
+    target: Path,
+    recipe: Recipe,
+    windows_ns: Tensor | None = None,
+    on_block: Callable[[int, int], None] = lambda done, blocks: None,
+) -> None:
+    """Writes ``target``, a folder with the model's weights quantized; goes on where it was.
+
+    Finished blocks wait beside the target, with what goes into the next one.
+
+    Raises:
+        RecipeError: if the model cannot be quantized.
+    """
+    beside = _begun(model.folder, target, recipe, windows_ns)
+    done = sum(1 for _ in _finished(beside, len(model.blocks)))
+    on_block(done, len(model.blocks))
+    stream = None if windows_ns is None else Stream.after(beside, model, windows_ns, done)
+    for number in range(done, len(model.blocks)):
+        with model.loaded(number) as block:
+            if stream is None:
+                result = round_block(block, model.names, recipe)
+            else:
+                result = stream.through(block, number, model, recipe)
+        if stream is not None:
+            stream.keep(beside, number + 1, result)
+        named = {f"{model.prefix}.{number}.{name}": t for name, t in result.tensors.items()}
+        _save(named, beside / _shard(number))
+        on_block(number + 1, len(model.blocks))
+    _finish(model, beside, target, recipe)
+
+
+@dataclass
+class Stream:
+    """What goes into the next block for every window [1, s, d], and what blocks are told."""
+
+    hidden: list[Tensor]
+    told: list[dict[str, Any]]
+    groups: list[list[str]] | None = None
+
+    @classmethod
+    def after(cls, beside: Path, model: BlockwiseModel, windows_ns: Tensor, done: int) -> "Stream":
+        """As it is when some blocks are done."""
+        hidden, told = model.first_inputs(windows_ns if done == 0 else windows_ns[:1])
+        if done:
+            kept = load_file(beside / f"{INPUTS}-{done:05d}.safetensors")[INPUTS]
+            hidden = list(kept.split(1))
+        return cls(hidden, told)
+
+    def through(
+        self, block: torch.nn.Module, number: int, model: BlockwiseModel, recipe: Recipe
+    ) -> BlockResult:
+        """Quantizes a block and goes through it."""
+        if self.groups is None:
+            self.groups = layers_by_input(block, model.names, self.hidden[0], self.told[number])
+        result = quantize_block(
+            block, self.groups, recipe, self.hidden, self.told[number], model.config
+        )
+        self.hidden = result.outputs
+        return result
+
+    def keep(self, beside: Path, number: int, result: BlockResult) -> None:
+        """Writes what goes into a block, and removes what went into the one before the last."""
+        _save({INPUTS: torch.cat(result.outputs)}, beside / f"{INPUTS}-{number:05d}.safetensors")
+        (beside / f"{INPUTS}-{number - 2:05d}.safetensors").unlink(missing_ok=True)
+
+
+def _begun(source: Path, target: Path, recipe: Recipe, windows_ns: Tensor | None) -> Path:
+    """The folder beside the target; a new one where that is not of the same call."""
+    beside = target.parent / f".{target.name}.quantizing"
+    call = fingerprint(
+        [
+            folder_fingerprint(source),
+            str(recipe),
+            None if windows_ns is None else windows_ns.tolist(),
+            torch.__version__,
+        ]
+    )
+    if beside.exists() and read_json(beside / CALL) != call:
+        shutil.rmtree(beside)
+    beside.mkdir(parents=True, exist_ok=True)
+    write_json(beside / CALL, call)
+    return beside
+
+
+def _finished(beside: Path, blocks: int) -> Iterator[int]:
+    for number in range(blocks):
+        if not (beside / _shard(number)).exists():
+            return
+        yield number
+
+
+def _shard(number: int) -> str:
+    return f"block-{number:05d}.safetensors"
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    part = file.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    sync_file(part)
+    part.rename(file)
+
+
+def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -> None:
+    """Adds the rest of the model, and moves the folder into its place."""
+    _save(
+        {
+            name: tensor.to(recipe.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in model.other_tensors()
+        },
+        beside / "others.safetensors",
+    )
+    places: dict[str, str] = {}
+    size = 0
+    for file in sorted(beside.glob("[bo]*.safetensors")):
+        tensors = load_file(file)
+        places |= dict.fromkeys(tensors, file.name)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(beside / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    for file in model.folder.iterdir():
+        if file.is_file() and file.suffix not in LEFT_ALONE and file.name != INDEX:
+            shutil.copy(file, beside / file.name)
+    config = read_json(model.folder / "config.json")
+    outside = [
+        name
+        for name, module in model.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith(f"{model.prefix}.")
+    ]
+    config |= {
+        "dtype": str(recipe.dtype).removeprefix("torch."),
+        "quantization_config": quantization_config(recipe, outside),
+    }
+    write_json(beside / "config.json", config)
+    for file in [*beside.glob(f"{INPUTS}-*"), *beside.glob("*.part"), beside / CALL]:
+        file.unlink(missing_ok=True)
+    publish_folder(beside, target)

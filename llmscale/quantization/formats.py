@@ -1,0 +1,77 @@
+"""The compressed-tensors format, by the package that owns it: a layer's tensors, and the words."""
+
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from torch import Tensor
+
+from llmscale.quantization.layers import QuantizedLayer, Recipe
+
+
+def stored_tensors(layer: QuantizedLayer, recipe: Recipe) -> dict[str, Tensor]:
+    """A layer's tensors, by the names they have beside its bias."""
+    grid = layer.grid
+    own = {"weight": layer.weight_oi, "weight_scale": grid.scale_og}
+    if grid.zero_og is not None:
+        own["weight_zero_point"] = grid.zero_og.to(torch.int8)
+    if layer.input_scale is not None:
+        own["input_scale"] = layer.input_scale
+    compressor = BaseCompressor.get_value_from_registry(_format(recipe).value)
+    compressed = compressor.compress(own, scheme(recipe))
+    return {
+        name: (tensor.to(recipe.dtype) if name.endswith("scale") else tensor).contiguous()
+        for name, tensor in compressed.items()
+    }
+
+
+def quantization_config(recipe: Recipe, left_out: list[str]) -> dict[str, Any]:
+    """What ``config.json`` says of the quantization."""
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme(recipe)},
+        format=_format(recipe).value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=left_out,
+    )
+    return config.model_dump(mode="json")
+
+
+def scheme(recipe: Recipe) -> QuantizationScheme:
+    """The recipe in the package's words."""
+    weights, activations = recipe.scheme.weights, recipe.scheme.activations
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(
+            num_bits=weights.bits,
+            type=weights.number,
+            symmetric=weights.symmetric,
+            strategy=weights.granularity,
+            group_size=recipe.group_size,
+            actorder="weight" if recipe.scheme.rounding == "gptq" else None,
+        ),
+        input_activations=None
+        if activations is None
+        else QuantizationArgs(
+            num_bits=activations.bits,
+            type=activations.number,
+            symmetric=True,
+            strategy="token" if activations.dynamic else "tensor",
+            dynamic=activations.dynamic,
+        ),
+        format=_format(recipe),
+    )
+
+
+def _format(recipe: Recipe) -> CompressionFormat:
+    if recipe.scheme.weights.number == "float":
+        return CompressionFormat.float_quantized
+    if recipe.scheme.activations is not None:
+        return CompressionFormat.int_quantized
+    return CompressionFormat.pack_quantized

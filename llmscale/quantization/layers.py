@@ -1,0 +1,109 @@
+"""Quantizing the linear layers that share an input.
+
+Shape legend: o outputs (rows), i inputs (columns).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmscale.quantization.gptq import gptq, usable
+from llmscale.quantization.grids import Grid, find_grid
+from llmscale.quantization.inputs import InputStatistics
+from llmscale.quantization.scaling import find_scales
+from llmscale.quantization.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How layers are quantized: the scheme, and what it leaves open."""
+
+    scheme: Scheme
+    group_size: int | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer's codes [o, i] on its grid, and the scale of its inputs where that is fixed."""
+
+    codes_oi: Tensor
+    grid: Grid
+    input_scale: Tensor | None = None
+
+    @property
+    def weight_oi(self) -> Tensor:
+        """The weights that it stands for, in fp32."""
+        return self.grid.values(self.codes_oi)
+
+
+@dataclass(frozen=True)
+class QuantizedGroup:
+    """Layers that share an input, and what that is divided by, a number a column."""
+
+    layers: Mapping[str, QuantizedLayer]
+    scales_i: Tensor | None = None
+
+    def effective(self, name: str) -> Tensor:
+        """The weights by which inputs that are not divided are multiplied."""
+        weight_oi = self.layers[name].weight_oi
+        return weight_oi if self.scales_i is None else weight_oi / self.scales_i
+
+
+def quantize_layers(
+    weights: Mapping[str, Tensor],
+    recipe: Recipe,
+    statistics: InputStatistics | None = None,
+    shares_i: Tensor | None = None,
+) -> QuantizedGroup:
+    """Quantizes the weights [o, i] of layers with one input.
+
+    Args:
+        statistics: of that input, for schemes that are calibrated.
+        shares_i: where scales may be moved to what comes before: the number of the output of that
+            which each column is.
+    """
+    scheme = recipe.scheme
+    weight_oi = torch.cat(list(weights.values()))
+    hessian_ii = None
+    if statistics is not None and scheme.by_products:
+        hessian_ii = usable(statistics.hessian_ii / statistics.tokens)
+    scales_i = None
+    if scheme.scaling is not None and shares_i is not None:
+        assert statistics is not None
+        scales_i = find_scales(weight_oi, recipe, statistics, hessian_ii, shares_i)
+        weight_oi = weight_oi * scales_i
+        if hessian_ii is not None:
+            hessian_ii = hessian_ii / scales_i / scales_i[:, None]
+    importance_i = None if hessian_ii is None else hessian_ii.diagonal()
+    grid = find_grid(weight_oi, scheme.weights, recipe.group_size, recipe.dtype, importance_i)
+    if scheme.rounding == "gptq":
+        assert hessian_ii is not None, "GPTQ needs the inputs' products"
+        codes_oi = gptq(weight_oi, hessian_ii, grid)
+    else:
+        codes_oi = grid.codes(weight_oi)
+    input_scale = _input_scale(scheme, statistics, scales_i, recipe.dtype)
+    layers, begin = {}, 0
+    for name, own in weights.items():
+        end = begin + len(own)
+        layers[name] = QuantizedLayer(codes_oi[begin:end], grid.rows(begin, end), input_scale)
+        begin = end
+    return QuantizedGroup(layers, scales_i)
+
+
+def _input_scale(
+    scheme: Scheme,
+    statistics: InputStatistics | None,
+    scales_i: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """The greatest input of the calibration over the greatest code; numbers of ``dtype``."""
+    if scheme.activations is None or scheme.activations.dynamic:
+        return None
+    assert statistics is not None, "static scales come from a calibration"
+    largest_i = statistics.largest_i if scales_i is None else statistics.largest_i / scales_i
+    codes = 448.0 if scheme.activations.number == "float" else 127.5
+    scale = (largest_i.max() / codes).reshape(1).to(dtype).float()
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,113 @@
+"""From a model's folder, a scheme and texts to a folder with quantized weights."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmscale.quiet  # noqa: F401
+from llmscale.data.tokenizer import load_tokenizer
+from llmscale.errors import MachineError, RecipeError
+from llmscale.quantization.blocks import BlockwiseModel
+from llmscale.quantization.calibration import calibration_windows
+from llmscale.quantization.schemes import Quantization, Scheme, fitting_group_size
+from llmscale.quantization.sizes import folder_sizes
+
+CALIBRATION_TOKENS = 32768
+PACKAGES = ("compressed_tensors", "greenlet")
+
+
+@dataclass
+class Listener:
+    """Who is told how far the work is, and what was chosen."""
+
+    on_block: Callable[[int, int], None] = lambda done, blocks: None
+    say: Callable[[str], None] = field(default=lambda line: None)
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    settings: Quantization,
+    texts: Iterable[str] | None = None,
+    *,
+    where: str = "calibration",
+    tokens: int = CALIBRATION_TOKENS,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Writes ``target``; run again after a kill, it goes on.
+
+    Args:
+        texts: to calibrate with, where the scheme does.
+        where: what names them in an error.
+
+    Returns:
+        What was made: sizes, seconds, group size.
+
+    Raises:
+        RecipeError: if the model, the texts or a setting do not fit.
+        MachineError: if a package is missing.
+    """
+    listener = listener or Listener()
+    scheme, begun = settings.composition(), time.monotonic()
+    for key, wrong in settings.misplaced():
+        raise RecipeError(f"{key}: {wrong}")
+    _require_packages(settings.scheme, scheme)
+    model = BlockwiseModel(source)
+    if scheme.library_type is not None:
+        from llmscale.quantization.bitsandbytes_folder import write_bitsandbytes_folder
+
+        write_bitsandbytes_folder(source, target, scheme.library_type)
+        return _figures(settings, model, target, begun, {})
+    model.require_linear_layers()
+    more: dict[str, Any] = {}
+    group_size, why = None, ""
+    if scheme.grouped:
+        columns = [model.blocks[0].get_parameter(f"{name}.weight").shape[1] for name in model.names]
+        group_size, why = fitting_group_size(settings.group_size, columns)
+        more["group_size"] = group_size
+    windows = None
+    if scheme.calibrated:
+        if texts is None:
+            raise RecipeError(f"{where}: {settings.scheme} is calibrated with texts; give some")
+        longest = model.config.max_position_embeddings
+        windows = calibration_windows(texts, load_tokenizer(source), tokens, longest, where)
+        more["calibration_tokens"] = windows.numel()
+        if windows.numel() < tokens // windows.shape[1] * windows.shape[1]:
+            listener.say(f"{where}: holds {windows.numel():,} tokens of the {tokens:,} wanted")
+    if why:
+        listener.say(why)
+    from llmscale.quantization.engine import quantize_folder
+    from llmscale.quantization.layers import Recipe
+
+    dtype = torch.float16 if model.config.dtype == torch.float16 else torch.bfloat16
+    quantize_folder(model, target, Recipe(scheme, group_size, dtype), windows, listener.on_block)
+    return _figures(settings, model, target, begun, more)
+
+
+def _require_packages(name: str, scheme: Scheme) -> None:
+    own = ("bitsandbytes", "accelerate") if scheme.library_type else PACKAGES
+    for package in own:
+        if importlib.util.find_spec(package) is None:
+            raise MachineError(
+                f"{name}: the package {package} is missing; pip install 'llmscale[quantization]'"
+            )
+
+
+def _figures(
+    settings: Quantization,
+    model: BlockwiseModel,
+    target: Path,
+    begun: float,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "scheme": settings.scheme,
+        **more,
+        **folder_sizes(target, model),
+        "quantize_seconds": round(time.monotonic() - begun, 2),
+    }

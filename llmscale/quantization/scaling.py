@@ -1,0 +1,98 @@
+"""Scales by which a layer's inputs are divided and its weights' columns multiplied.
+
+The product stays the same, and what is rounded changes: AWQ (Lin et al. 2023) keeps the columns
+with large inputs more exact, SmoothQuant (Xiao et al. 2022, equation 4) takes outliers out of the
+inputs. Shape legend: o outputs (rows), i inputs (columns), n tokens.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmscale.quantization.gptq import layer_error
+from llmscale.quantization.grids import find_grid
+from llmscale.quantization.inputs import InputStatistics
+
+if TYPE_CHECKING:
+    from llmscale.quantization.layers import Recipe
+
+EXPONENTS = tuple(step / 10 for step in range(10))
+ROWS_TRIED = 512
+
+
+def find_scales(
+    weight_oi: Tensor,
+    recipe: "Recipe",
+    statistics: InputStatistics,
+    hessian_ii: Tensor | None,
+    shares_i: Tensor,
+) -> Tensor:
+    """The scales whose exponent gives the least error of the layer's outputs.
+
+    For AWQ they are a power of the inputs' root mean square, and the error follows from the
+    Hessian; for SmoothQuant a power of the greatest input over one of the greatest weight, and
+    the error is that of rounded inputs and weights over some tokens of the calibration.
+
+    Args:
+        shares_i: columns with the same number are one output of what comes before, and have one
+            scale.
+    """
+    some_oi = weight_oi[:: max(1, len(weight_oi) // ROWS_TRIED)]
+    best, least = torch.ones(weight_oi.shape[1]), float("inf")
+    for exponent in EXPONENTS:
+        if hessian_ii is not None:
+            base_i = hessian_ii.diagonal().sqrt().clamp(min=1e-5) ** exponent
+        else:
+            largest_i = statistics.largest_i.clamp(min=1e-5)
+            weight_i = weight_oi.abs().amax(0).clamp(min=1e-5)
+            base_i = largest_i**exponent / weight_i ** (1 - exponent)
+        scales_i = _shared(base_i, shares_i)
+        scales_i = scales_i / (scales_i.max() * scales_i.min()).sqrt()
+        if hessian_ii is not None:
+            error = _weight_error(some_oi, scales_i, recipe, hessian_ii)
+        else:
+            error = _rounded_error(some_oi, scales_i, recipe, statistics)
+        if error < least:
+            best, least = scales_i, error
+    return best
+
+
+def _shared(scales_i: Tensor, shares_i: Tensor) -> Tensor:
+    """The geometric mean over the columns that are the same output of what comes before."""
+    outputs = int(shares_i.max()) + 1
+    sums = torch.zeros(outputs).index_add_(0, shares_i, scales_i.log())
+    counts = torch.zeros(outputs).index_add_(0, shares_i, torch.ones_like(scales_i))
+    return (sums / counts).exp()[shares_i]
+
+
+def _weight_error(weight_oi: Tensor, scales_i: Tensor, recipe: "Recipe", hessian: Tensor) -> float:
+    scaled_oi = weight_oi * scales_i
+    importance_i = hessian.diagonal() / scales_i.square()
+    difference_oi = _nearest(scaled_oi, recipe, importance_i) / scales_i - weight_oi
+    return layer_error(difference_oi, hessian)
+
+
+def _rounded_error(
+    weight_oi: Tensor, scales_i: Tensor, recipe: "Recipe", statistics: InputStatistics
+) -> float:
+    inputs_ni = statistics.samples_ni
+    form = recipe.scheme.activations
+    assert form is not None
+    scaled_ni = inputs_ni / scales_i
+    if form.dynamic:
+        step = scaled_ni.abs().amax(1, keepdim=True) / 127.5
+    else:
+        step = (statistics.largest_i / scales_i).max() / 127.5
+    step = step.clamp(min=1e-12)
+    rounded_ni = (scaled_ni / step).round().clamp(-128, 127) * step
+    got_no = rounded_ni @ _nearest(weight_oi * scales_i, recipe).T
+    return float((got_no - inputs_ni @ weight_oi.T).square().sum())
+
+
+def _nearest(weight_oi: Tensor, recipe: "Recipe", importance_i: Tensor | None = None) -> Tensor:
+    form = recipe.scheme.weights
+    grid = find_grid(
+        weight_oi, form, recipe.group_size, recipe.dtype, importance_i, shrinking=(1.0, 0.9)
+    )
+    return grid.rounded(weight_oi)

@@ -1,0 +1,175 @@
+"""What the names of schemes stand for: plain data, a line a scheme."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from llmscale.errors import RecipeError
+from llmscale.settings import Settings, choices, divisors
+
+GROUP_SIZES = (128, 64, 32)
+"""Group sizes to choose from, the one with the least overhead first."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the weights of a linear layer are stored.
+
+    A ``group`` has a scale for so many columns of a row, a ``channel`` one for a row.
+    """
+
+    bits: int
+    granularity: Literal["channel", "group"]
+    number: Literal["int", "float"] = "int"
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How the inputs of a linear layer are rounded while it computes.
+
+    ``dynamic``: a scale a token, found as it runs; else one a layer, from the calibration.
+    """
+
+    dynamic: bool
+    bits: int = 8
+    number: Literal["int", "float"] = "int"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A composition of parts; embeddings, norms and the head stay as they are.
+
+    ``rounding`` is how weights meet their format, ``scaling`` what is moved from a layer's inputs
+    to its weights before. A ``library_type`` is bitsandbytes' own name for what it does alone.
+    """
+
+    about: str
+    weights: WeightFormat
+    activations: ActivationFormat | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    scaling: Literal["awq", "smoothquant"] | None = None
+    library_type: Literal["nf4", "fp4", "int8"] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether texts are necessary."""
+        static = self.activations is not None and not self.activations.dynamic
+        return self.rounding == "gptq" or self.scaling is not None or static
+
+    @property
+    def by_products(self) -> bool:
+        """Whether the sum of X^T X of a layer's inputs X is necessary."""
+        return self.rounding == "gptq" or self.scaling == "awq"
+
+    @property
+    def loaded_by(self) -> str:
+        """What reads the folder."""
+        return "Transformers, vLLM"
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a group size can be chosen."""
+        return self.weights.granularity == "group" and self.library_type is None
+
+
+INT8 = WeightFormat(8, "channel")
+INT4 = WeightFormat(4, "group")
+FP8 = WeightFormat(8, "channel", "float")
+
+SCHEMES: dict[str, Scheme] = {
+    "int8-weight": Scheme("8-bit weights, a scale a row", INT8),
+    "int8-dynamic": Scheme("and inputs in 8 bits, a scale a token", INT8, ActivationFormat(True)),
+    "int8-static": Scheme(
+        "and inputs in 8 bits, a scale a layer",
+        INT8,
+        ActivationFormat(False),
+        "gptq",
+        "smoothquant",
+    ),
+    "int8-smoothquant": Scheme(
+        "int8-dynamic after SmoothQuant", INT8, ActivationFormat(True), scaling="smoothquant"
+    ),
+    "int4-weight": Scheme("4-bit weights, round to nearest", INT4),
+    "int4-gptq": Scheme("4-bit weights by GPTQ", INT4, rounding="gptq"),
+    "int4-awq": Scheme("4-bit weights after AWQ's scaling", INT4, scaling="awq"),
+    "int4-awq-gptq": Scheme("GPTQ after AWQ's scaling", INT4, rounding="gptq", scaling="awq"),
+    "fp8": Scheme("e4m3 weights and inputs", FP8, ActivationFormat(True, number="float")),
+    "fp8-static": Scheme(
+        "fp8, a scale a layer for inputs", FP8, ActivationFormat(False, number="float")
+    ),
+    "nf4": Scheme("4-bit NormalFloat by bitsandbytes", INT4, library_type="nf4"),
+    "fp4": Scheme("4-bit floats by bitsandbytes", INT4, library_type="fp4"),
+    "llm-int8": Scheme("LLM.int8() by bitsandbytes", INT8, library_type="int8"),
+}
+
+SchemeName = Literal[
+    "int8-weight",
+    "int8-dynamic",
+    "int8-static",
+    "int8-smoothquant",
+    "int4-weight",
+    "int4-gptq",
+    "int4-awq",
+    "int4-awq-gptq",
+    "fp8",
+    "fp8-static",
+    "nf4",
+    "fp4",
+    "llm-int8",
+]
+
+
+class Quantization(Settings):
+    """How a model is quantized.
+
+    ``group_size`` is by default the largest of 128, 64 and 32 that divides every layer's inputs;
+    groups that are not ``symmetric`` have a zero point each.
+    """
+
+    scheme: SchemeName
+    group_size: PositiveInt | None = None
+    symmetric: bool = True
+
+    def composition(self) -> Scheme:
+        """The scheme's parts."""
+        scheme = SCHEMES[self.scheme]
+        return replace(scheme, weights=replace(scheme.weights, symmetric=self.symmetric))
+
+    def misplaced(self) -> Iterable[tuple[str, str]]:
+        """Settings that the scheme has no use for, each with what is wrong."""
+        if not SCHEMES[self.scheme].grouped:
+            grouped = choices([name for name, scheme in SCHEMES.items() if scheme.grouped])
+            if self.group_size is not None:
+                yield "group_size", f"{self.scheme} has no groups; remove it, or use {grouped}"
+            if not self.symmetric:
+                yield "symmetric", f"{self.scheme} has no zero points; remove it, or use {grouped}"
+
+
+def fitting_group_size(wanted: int | None, columns: Iterable[int]) -> tuple[int, str]:
+    """A group size that divides every layer's inputs, and a line on why, where it is not 128.
+
+    Raises:
+        RecipeError: if the one wanted does not, or none of the usual ones.
+    """
+    widths = sorted(set(columns))
+    tried = GROUP_SIZES if wanted is None else (wanted,)
+    for size in tried:
+        undivided = [width for width in widths if width % size]
+        if not undivided:
+            larger = [other for other in tried if other > size]
+            if not larger:
+                return size, ""
+            first = next(width for width in widths if width % larger[-1])
+            return (
+                size,
+                f"group size {size}: {larger[-1]} does not divide {first} inputs of a layer",
+            )
+    common = [size for size in divisors(widths[0]) if not any(width % size for width in widths)]
+    fitting = choices([size for size in common if size >= 8][-4:] or common[-1:])
+    raise RecipeError(
+        f"group_size: {choices(tried)} does not divide {undivided[0]} inputs of a layer; "
+        f"use {fitting}"
+    )

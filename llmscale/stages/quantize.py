@@ -1,0 +1,142 @@
+"""A model with quantized weights, as a Hugging Face folder."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from llmscale.artifacts import version_of
+from llmscale.clusters.base import ClusterSettings, Task
+from llmscale.data.corpus import read_split
+from llmscale.data.documents import read_documents
+from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
+from llmscale.settings import Problem, Settings
+from llmscale.stages.base import (
+    MODEL_FILES,
+    Link,
+    RecipePattern,
+    RecipeView,
+    Stage,
+    StageOrFolder,
+    Workspace,
+    matching_files,
+)
+
+
+class Texts(Settings):
+    """Texts of a split of the stage's corpus, or of files."""
+
+    split: Literal["train", "validation"] | None = None
+    text: RecipePattern | None = None
+
+    def problems(self, has_corpus: bool) -> Iterator[Problem]:
+        """What is wrong beyond types."""
+        if (self.split is None) == (self.text is None):
+            given = "neither is given" if self.text is None else "both are given"
+            yield Problem((), f"give either split or text, not both; {given}")
+        elif self.split is not None and not has_corpus:
+            yield Problem(("split",), "there is no corpus to take it from; set corpus, or text")
+        elif self.text is not None and not matching_files(self.text):
+            yield Problem(("text",), f"no file matches {self.text}; give the path of a text file")
+
+    def texts(self, corpus: Path | None) -> Iterator[str]:
+        """The texts, one at a time."""
+        if self.text is None:
+            assert corpus is not None and self.split is not None
+            yield from read_split(corpus, self.split)
+            return
+        for file in matching_files(self.text):
+            for document in read_documents(file):
+                yield document.text
+
+    def sources(self) -> list[Any]:
+        """Plain data that changes when a file does."""
+        files = matching_files(self.text) if self.text is not None else []
+        return [[str(file), *version_of(file)] for file in files]
+
+
+class Calibration(Texts):
+    """Texts to calibrate with, and how many tokens of them."""
+
+    tokens: PositiveInt = 32768
+
+
+class QuantizedStage(Stage):
+    """What stages that quantize have in common."""
+
+    model: StageOrFolder
+    corpus: str | None = None
+    calibration: Calibration | None = None
+
+    links: ClassVar[Mapping[str, Link]] = {
+        "model": Link(("pretrain", "finetune", "dpo"), or_folder=True, folder_holds=MODEL_FILES),
+        "corpus": Link(("prepare",)),
+    }
+
+    def linked(self, stages: Mapping[str, Stage]) -> dict[str, str]:
+        """Without a ``corpus`` of its own, its model's."""
+        named = super().linked(stages)
+        trained_on = getattr(stages.get(self.model), "corpus", None)
+        if "corpus" not in named and trained_on in stages:
+            named["corpus"] = str(trained_on)
+        return named
+
+    def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
+        return (Task("run"),)
+
+    def texts(self) -> Mapping[str, Texts]:
+        """The texts that are read, by the key they stand under."""
+        return {} if self.calibration is None else {"calibration": self.calibration}
+
+    def schemes_by_key(self) -> Mapping[tuple[str, ...], SchemeName]:
+        """The schemes asked for, by where they stand."""
+        raise NotImplementedError
+
+    def sources(self) -> list[Any]:
+        return [texts.sources() for texts in self.texts().values()]
+
+    def problems(self, view: RecipeView) -> Iterator[Problem]:
+        for path, name in self.schemes_by_key().items():
+            if SCHEMES[name].calibrated and self.calibration is None:
+                yield Problem(
+                    path,
+                    f"{name} is calibrated with texts; add calibration: {{split: train}}, or "
+                    "{text: FILE}",
+                )
+        for key, texts in self.texts().items():
+            for problem in texts.problems("corpus" in self.linked(view.stages)):
+                yield Problem((key, *problem.path), problem.message)
+
+
+class Quantize(QuantizedStage, Quantization):
+    """``kind: quantize``. Gives ``hf/``."""
+
+    kind: Literal["quantize"]
+
+    product: ClassVar[str] = "hf"
+
+    def schemes_by_key(self) -> Mapping[tuple[str, ...], SchemeName]:
+        return {("scheme",): self.scheme}
+
+    def problems(self, view: RecipeView) -> Iterator[Problem]:
+        yield from super().problems(view)
+        for key, wrong in self.misplaced():
+            yield Problem((key,), wrong)
+
+    def run(self, task: str, workspace: Workspace) -> None:
+        from llmscale.quantization.quantize import Listener, quantize
+
+        calibration = self.calibration
+        corpus = workspace.inputs.get("corpus")
+        figures = quantize(
+            workspace.inputs["model"],
+            workspace.folder.hf,
+            Quantization(scheme=self.scheme, group_size=self.group_size, symmetric=self.symmetric),
+            calibration.texts(corpus) if calibration else None,
+            tokens=calibration.tokens if calibration else 0,
+            listener=Listener(
+                lambda done, blocks: workspace.progress.update(done, blocks, "blocks"), print
+            ),
+        )
+        workspace.folder.add_metrics(**figures)

@@ -1,0 +1,194 @@
+"""What is written is what others read: bit for bit, by every scheme."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmscale.errors import RecipeError
+from llmscale.evaluation.generation import Generation, continuations
+from llmscale.evaluation.models import load_model
+from llmscale.quantization.block import layers_by_input, quantize_block
+from llmscale.quantization.blocks import BlockwiseModel
+from llmscale.quantization.calibration import calibration_windows
+from llmscale.quantization.families import divided_outputs, shares
+from llmscale.quantization.formats import scheme as package_scheme
+from llmscale.quantization.formats import stored_tensors
+from llmscale.quantization.grids import find_grid
+from llmscale.quantization.layers import QuantizedLayer, Recipe
+from llmscale.quantization.quantize import quantize
+from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
+from tests.quantization.small import TEXT, small_llama
+
+LETTERS = TEXT.read_text(encoding="utf-8")[:8000]
+BITS = {"int8": (8, 8.5), "int4": (4, 4.6), "fp8": (8, 8.5), "nf4": (4, 5), "fp4": (4, 5)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_llama(tmp_path_factory.mktemp("model") / "llama")
+
+
+def logits(folder: Path) -> torch.Tensor:
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return loaded(torch.arange(5, 60)[None]).logits
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_each_folder_loads_generates_and_stays_near_its_model(
+    name: SchemeName, model: Path, tmp_path: Path
+) -> None:
+    texts = [LETTERS] if SCHEMES[name].calibrated else None
+    figures = quantize(model, tmp_path / "out", Quantization(scheme=name), texts, tokens=1024)
+
+    least, most = BITS[name.removeprefix("llm-").split("-")[0]]
+    assert least <= figures["bits_per_weight"] <= most
+    assert figures["megabytes"] < 0.5
+    loaded, tokenizer = load_model(tmp_path / "out")
+    assert continuations(loaded, tokenizer, "HAMLET.", Generation(max_new_tokens=4), seed=1)[0]
+    expected = logits(model)
+    apart = (logits(tmp_path / "out") - expected).norm() / expected.norm()
+    assert apart < {"int8": 0.15, "llm": 0.15, "fp8": 0.3}.get(name.split("-")[0], 0.7)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["int4-weight", "int4-gptq", "int8-weight", "int8-static", "fp8"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_package_reads_back_our_own_numbers(name: SchemeName, symmetric: bool) -> None:
+    if not symmetric and name not in ("int4-weight", "int4-gptq"):
+        pytest.skip("has no zero points")
+    scheme = Quantization(scheme=name, symmetric=symmetric).composition()
+    recipe = Recipe(scheme, 32 if scheme.grouped else None, torch.bfloat16)
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(2)) + 0.1
+    grid = find_grid(weight, scheme.weights, recipe.group_size, recipe.dtype)
+    layer = QuantizedLayer(grid.codes(weight), grid, torch.ones(1) if "static" in name else None)
+
+    stored = stored_tensors(layer, recipe)
+
+    form = package_scheme(recipe)
+    compressor = BaseCompressor.get_value_from_registry(form.format)
+    in_fp32 = {k: t.float() if t.dtype == torch.bfloat16 else t for k, t in stored.items()}
+    assert torch.equal(compressor.decompress(in_fp32, form)["weight"], layer.weight_oi)
+    in_bf16 = compressor.decompress(stored, form)["weight"]
+    assert torch.equal(in_bf16, layer.weight_oi.bfloat16())
+
+
+def test_transformers_holds_the_weights_that_calibration_went_on_with(
+    model: Path, tmp_path: Path
+) -> None:
+    blockwise = BlockwiseModel(model)
+    _, tokenizer = load_model(model)
+    windows = calibration_windows([LETTERS], tokenizer, 1024, 64, "text")
+    recipe = Recipe(SCHEMES["int4-gptq"], 64, torch.bfloat16)
+    hidden, told = blockwise.first_inputs(windows)
+    with blockwise.loaded(0) as block:
+        groups = layers_by_input(block, blockwise.names, hidden[0], told[0])
+        result = quantize_block(block, groups, recipe, hidden, told[0], blockwise.config)
+        ours = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        with torch.no_grad():
+            again = block(hidden[0], **told[0])
+    assert groups == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+    assert torch.allclose(result.outputs[0], again, atol=1e-5)
+
+    quantize(model, tmp_path / "out", Quantization(scheme="int4-gptq"), [LETTERS], tokens=1024)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        loaded(torch.arange(5)[None])  # decompresses
+    theirs = loaded.model.layers[0].state_dict()
+    for name in blockwise.names:
+        assert torch.equal(theirs[f"{name}.weight"], ours[f"{name}.weight"]), name
+
+
+def test_scaling_leaves_the_models_outputs(model: Path, tmp_path: Path) -> None:
+    """The scales of a layer's inputs go into what comes before, in every place there is one."""
+    blockwise = BlockwiseModel(model)
+    tensors = load_file(model / "model.safetensors")
+    random = torch.Generator().manual_seed(4)
+    for number in range(2):
+        prefix = f"model.layers.{number}."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        for group in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ):
+            columns = own[f"{group[0]}.weight"].shape[1]
+            shares_i = shares(group[0], blockwise.config, columns)
+            assert shares_i is not None
+            scales = torch.rand(columns, generator=random) + 0.3
+            scales = scales[: int(shares_i.max()) + 1][shares_i]
+            own |= divided_outputs(own, group[0], scales, shares_i)
+            for name in group:
+                own[f"{name}.weight"] = own[f"{name}.weight"] * scales
+        tensors |= {f"{prefix}{name}": tensor.contiguous() for name, tensor in own.items()}
+    scaled = Path(shutil.copytree(model, tmp_path / "scaled"))
+    save_file(tensors, scaled / "model.safetensors", metadata={"format": "pt"})
+
+    assert not torch.equal(logits(scaled), logits(model))
+    assert (logits(scaled) - logits(model)).abs().max() < 1e-4
+
+
+def test_static_scales_are_the_greatest_inputs_of_the_calibration(
+    model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(model, out, Quantization(scheme="fp8-static"), [LETTERS], tokens=1024)
+    stored = load_file(out / "block-00000.safetensors")
+
+    loaded, tokenizer = load_model(model)
+    windows = calibration_windows([LETTERS], tokenizer, 1024, 64, "text")
+    seen = {"self_attn.q_proj": 0.0, "self_attn.k_proj": 0.0}
+    for name in seen:
+        loaded.model.layers[0].get_submodule(name).register_forward_pre_hook(
+            lambda _, given, name=name: seen.__setitem__(
+                name, max(seen[name], float(given[0].abs().max()))
+            )
+        )
+    with torch.no_grad():
+        for window in windows:
+            loaded(window[None])
+    for name, largest in seen.items():
+        scale = stored[f"model.layers.0.{name}.input_scale"]
+        assert scale.dtype == torch.bfloat16
+        assert torch.equal(scale, torch.tensor([largest / 448]).bfloat16())
+
+
+def test_tied_embeddings_stay_tied_and_others_stay_apart(tmp_path: Path) -> None:
+    for tied in (True, False):
+        source = small_llama(tmp_path / f"tied-{tied}", tied=tied)
+        out = tmp_path / f"out-{tied}"
+        quantize(source, out, Quantization(scheme="int8-weight"))
+        before = load_file(source / "model.safetensors")
+        kept = load_file(out / "others.safetensors")
+        assert ("lm_head.weight" in kept) is (not tied)
+        for name, tensor in kept.items():
+            assert torch.equal(tensor, before[name].bfloat16()), name
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(model, tmp_path / "spoilt"))
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds numbers"):
+        quantize(spoilt, tmp_path / "out", Quantization(scheme="int8-weight"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_not_quantized_again(model: Path, tmp_path: Path) -> None:
+    quantize(model, tmp_path / "once", Quantization(scheme="int8-weight"))
+    with pytest.raises(RecipeError, match="quantized already"):
+        quantize(tmp_path / "once", tmp_path / "twice", Quantization(scheme="int4-weight"))

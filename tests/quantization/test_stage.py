@@ -1,0 +1,77 @@
+"""kind: quantize and kind: compare, in a recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmscale.artifacts import RunFolder
+from llmscale.errors import RecipeError
+from llmscale.recipe.recipe import load_recipe
+from tests.quantization.small import TEXT, small_llama
+from tests.ranks import run_recipe
+
+RECIPE = f"""
+name: small
+cluster: {{on: local, ranks_per_node: 1}}
+stages:
+  corpus:
+    kind: prepare
+    sources: [{{path: "{TEXT.parent}/m*.txt"}}]
+    validation_fraction: 0.5
+  quantized:
+    kind: quantize
+    model: llama
+    corpus: corpus
+    scheme: int4-gptq
+    calibration: {{split: train, tokens: 1024}}
+  evaluation:
+    kind: evaluate
+    model: quantized
+    perplexity: {{text: "{TEXT.parent}/ORIGIN.md"}}
+  comparison:
+    kind: compare
+    model: llama
+    corpus: corpus
+    schemes: [int8-weight, int4-weight]
+    measured_on: {{split: validation}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    small_llama(tmp_path / "llama")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+def test_a_recipe_quantizes_evaluates_and_compares(recipe: Path, tmp_path: Path) -> None:
+    run_recipe(recipe, tmp_path / "run", [])
+
+    run = RunFolder(tmp_path / "run")
+    metrics = run.stage("quantized").manifest()["metrics"]
+    assert (metrics["group_size"], metrics["calibration_tokens"]) == (64, 1024)
+    assert "128 does not divide 64 inputs" in run.stage("quantized").log_file(0).read_text()
+    assert run.stage("evaluation").manifest()["metrics"]["perplexity"] > 1
+    rows = json.loads((run.stage("comparison").path / "comparison.json").read_text())
+    assert [row["scheme"] for row in rows] == ["original", "int8-weight", "int4-weight"]
+    assert rows[1]["divergence"] < rows[2]["divergence"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.quantized.calibration=null", "stages.quantized.scheme: int4-gptq is calibrated"),
+        ("stages.quantized.calibration={tokens: 9}", "give either split or text, not both"),
+        ("stages.quantized.calibration={text: no.txt}", "no file matches"),
+        ("stages.quantized.scheme=nf5", "nf5"),
+        ("stages.comparison.schemes=[nf4, nf4]", "one is named twice"),
+        ("stages.comparison.schemes=[int4-awq]", "int4-awq is calibrated with texts"),
+    ],
+)
+def test_what_cannot_run_is_found_before_it_starts(recipe: Path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe, [override])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
