@@ -38,10 +38,11 @@ class StoredCheckpoints:
         self._storage.remove([f"{folder}/{COMPLETE}"])
         self._mirror.clear(folder)
 
-    def upload(self, step: int, files: Iterable[Path]) -> None:
-        """Sends files of a checkpoint, which stay unseen until it is sealed."""
+    def upload(self, step: int, folder: Path, files: Iterable[Path]) -> None:
+        """Sends files of a checkpoint's folder, which stay unseen until it is sealed."""
         for file in files:
-            self._storage.upload({f"{self._folder(step)}/{file.name}": file})
+            name = file.relative_to(folder).as_posix()
+            self._storage.upload({f"{self._folder(step)}/{name}": file})
 
     def seal(self, step: int, complete: Path) -> None:
         """Makes an uploaded checkpoint count, after the log of the steps up to it."""
@@ -71,12 +72,13 @@ class StoredCheckpoints:
             return f"{COMPLETE} cannot be read"
         if checksums is None:
             return f"it has no {COMPLETE}: its writing was cut off"
-        if any(Path(name).name != name for name in checksums):
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in checksums):
             return f"{COMPLETE} names a file outside of it"
         target.mkdir(parents=True, exist_ok=True)
         (target / COMPLETE).unlink(missing_ok=True)
         for name, expected in checksums.items():
             file = target / name
+            file.parent.mkdir(parents=True, exist_ok=True)
             if file.is_file() and checksum(file) == expected:
                 continue
             try:
@@ -101,8 +103,7 @@ class StoredCheckpoints:
         """What is there of each step, whole or not."""
         found: dict[int, set[str]] = {}
         for name in self._storage.versions(f"{self._stage}/{CHECKPOINTS}"):
-            folder, _, file = name.rpartition("/")
-            step = folder.rpartition("step-")[2]
+            step, _, file = name.rpartition("step-")[2].partition("/")
             if step.isdigit():
                 found.setdefault(int(step), set()).add(file)
         return found

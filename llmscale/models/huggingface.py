@@ -1,6 +1,6 @@
 """Hugging Face folders in and out of any layout: safetensors, configuration, tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,19 +65,50 @@ def fill(
 
 @torch.no_grad()
 def whole_tensors(
-    chunks: Iterable[torch.nn.Module], architecture: Architecture, vocabulary: int
+    chunks: Iterable[torch.nn.Module],
+    architecture: Architecture,
+    vocabulary: int,
+    changes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """This rank's part of the model by Hugging Face names, joined over its tensor group.
 
     Every rank of a tensor group calls it, and gets the same. Parts of different pipeline
     stages and experts do not overlap, but for tied tables.
+
+    Args:
+        changes: what is added to tensors of this rank's part, by name.
     """
     tensors: dict[str, Tensor] = {}
     for chunk in chunks:
         for _, parameter, description in describe(chunk, architecture, vocabulary):
             whole = description.form.join(_gathered(parameter))
             tensors.update(zip(description.names, whole, strict=True))
-    return tensors
+    return tensors | {name: tensors[name] + change for name, change in (changes or {}).items()}
+
+
+def tensors_everywhere(own: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all ranks' parts, one at a time, on every rank in one order; collective.
+
+    Args:
+        own: this rank's; what several have is the same on each.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: (t.shape, t.dtype) for name, t in own.items()})
+    holders: dict[str, int] = {}
+    for rank, part in enumerate(everyone):
+        for name in part:
+            holders.setdefault(name, rank)
+    for name, holder in holders.items():
+        if all(name in part for part in everyone):
+            yield name, own[name]
+            continue
+        shape, dtype = everyone[holder][name]
+        tensor = own.get(name)
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=dtype, device=next(iter(own.values())).device)
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, holder)
+        yield name, tensor
 
 
 @torch.no_grad()
@@ -96,8 +127,7 @@ def export(
     Args:
         changes: what is added to tensors of this rank's part, by name.
     """
-    tensors = whole_tensors(chunks, architecture, vocabulary)
-    tensors |= {name: tensors[name] + change for name, change in (changes or {}).items()}
+    tensors = whole_tensors(chunks, architecture, vocabulary, changes)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     holders: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(holders, list(tensors))

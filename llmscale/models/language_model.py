@@ -22,6 +22,8 @@ class LanguageModel(GPTModel):
     ) -> None:
         super().__init__(*arguments, **options)
         self.true_vocabulary = true_vocabulary
+        self.temperature = 1.0
+        """What the logits are divided by before they become probabilities."""
         if heads and self.post_process:
             config = self.config
             head: Any = ScoreHead(heads, config.hidden_size, config.sequence_parallel)
@@ -29,6 +31,8 @@ class LanguageModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy a token, ``[b, s]``, over the true vocabulary."""
+        if self.temperature != 1:
+            logits = logits / self.temperature
         losses_sb = vocabulary_cross_entropy(
             logits,
             labels.transpose(0, 1),

@@ -67,11 +67,13 @@ def built_engine(
     layout: Layout,
     device: str,
     frozen: bool = False,
+    temperature: float = 1.0,
 ) -> Iterator[Engine]:
     """The engine, at a layout whose process groups are there; collective.
 
     Args:
         frozen: whether the model is only asked, never trained.
+        temperature: what logits are divided by before they become probabilities.
 
     Raises:
         MachineError: if the machine lacks the precision or a package.
@@ -89,6 +91,7 @@ def built_engine(
             device=device,
             frozen=frozen,
             adapter=model.adapter,
+            temperature=temperature,
         )
         if not first.left_out or model.adapter is not None:
             set_first_weights(engine, first)
@@ -125,6 +128,7 @@ def built_engine(
         precision=stage.precision,
         device=device,
         frozen=frozen,
+        temperature=temperature,
     )
     try:
         yield zero_engine

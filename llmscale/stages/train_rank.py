@@ -105,7 +105,7 @@ def train(stage: TrainedStage, workspace: Workspace, course: Course) -> None:
             _reference(stage, course, workspace) as reference,
         ):
             state = TrainingState() if newest is None else checkpoints.load(engine, newest)
-            log = _log(stage, course, workspace, world, state)
+            log = training_log(stage, course.steps, workspace, world, state)
             trainer = Trainer(
                 engine=engine,
                 data=course.data,
@@ -152,10 +152,10 @@ def _silent(_line: str) -> None:
     pass
 
 
-def _log(
-    stage: TrainedStage, course: Course, workspace: Workspace, world: World, state: TrainingState
+def training_log(
+    stage: TrainedStage, steps: int, workspace: Workspace, world: World, state: TrainingState
 ) -> TrainingLog | None:
-    """The log of rank 0; the peak is measured while the other ranks wait."""
+    """The log of rank 0; the peak is measured while the other ranks wait; collective."""
     log = None
     if world.first:
         peak = peak_flops(world.device, stage.precision)
@@ -164,7 +164,7 @@ def _log(
         log = TrainingLog(
             workspace.folder,
             workspace.progress,
-            steps=course.steps,
+            steps=steps,
             resumed_step=state.step,
             peak_flops=peak,
         )
@@ -187,15 +187,22 @@ def _export_best(
         engine.load_weights(checkpoints.path(best))
     if course.measures is not None:
         course.measures.after(engine)
+    export_trained(course.model, workspace, engine, replace(state, best_step=best))
+
+
+def export_trained(
+    model: TrainedModel, workspace: Workspace, engine: Engine, state: TrainingState
+) -> None:
+    """Writes ``hf/`` from the weights as they are, and what training came to; collective."""
     if dist.get_rank() == 0 and (mirror := Mirror.of(workspace.folder.path.parent)) is not None:
         mirror.clear(f"{workspace.folder.path.name}/{workspace.folder.hf.name}")
     first_here = first_of_folder(workspace.folder.path)
-    export_folder(engine, course.model, workspace.folder.hf, first_here)
+    export_folder(engine, model, workspace.folder.hf, first_here)
     if dist.get_rank() == 0:
         workspace.folder.add_metrics(
             steps=state.step,
             tokens_seen=state.tokens,
-            best_step=best,
+            best_step=state.best_step or state.step,
             validation_loss=state.best_loss,
             parameters=engine.parameters(),
         )
@@ -275,6 +282,6 @@ def export_at_one_rank(
             best = newest
         first_weights = FirstWeights(start_from, seed=0, left_out=True)
         with built_engine(stage, model, first_weights, Layout(), "cpu") as engine:
-            engine.load_weights(checkpoints.path(best))
+            engine.load_weights(checkpoints.path(best) / stage.checkpointed)
             export_folder(engine, model, target, first_here=True)
         return best

@@ -38,6 +38,8 @@ class TrainedStage(Stage):
     health: Health = Health()
 
     product: ClassVar[str] = "hf"
+    checkpointed: ClassVar[str] = ""
+    """The model's folder in a checkpoint, where there are several."""
     about: ClassVar[str]
     """The file in the stage's folder that says what its data are, and that they are whole."""
 

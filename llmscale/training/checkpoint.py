@@ -27,7 +27,7 @@ from llmscale.artifacts import (
     write_json,
 )
 from llmscale.stored import StoredCheckpoints, stored_checkpoints
-from llmscale.training.engine import Engine, Writing
+from llmscale.training.engine import Stateful, Writing
 
 STATE = "state.json"
 
@@ -42,6 +42,7 @@ class TrainingState:
     best_step: int | None = None
     best_loss: float | None = None
     worse_validations: int = 0
+    kl_coefficient: float | None = None
 
 
 class _Saving:
@@ -89,6 +90,10 @@ def first_of_folder(stage: Path) -> bool:
     if stored_checkpoints(stage) is None:
         return dist.get_rank() == 0
     return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
 
 
 def _collective_device() -> str:
@@ -154,12 +159,12 @@ class Checkpoints:
         shutil.rmtree(away, ignore_errors=True)
         self.path(step).rename(away)
 
-    def save(self, engine: Engine, state: TrainingState) -> None:
+    def save(self, engine: Stateful, state: TrainingState) -> None:
         """Writes a checkpoint; afterwards prunes all but the newest ``keep`` and the best."""
         self.begin(engine, state)
         self.finish()
 
-    def begin(self, engine: Engine, state: TrainingState) -> None:
+    def begin(self, engine: Stateful, state: TrainingState) -> None:
         """Takes a copy of the state and starts writing it in the background."""
         self.finish()
         target = self.path(state.step)
@@ -174,7 +179,7 @@ class Checkpoints:
 
         def upload() -> None:
             if self._stored is not None:
-                self._stored.upload(state.step, writing.files())
+                self._stored.upload(state.step, beside, writing.files())
 
         self._saving = _Saving(writing, beside, target, state, upload)
 
@@ -188,7 +193,7 @@ class Checkpoints:
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.finish()
-            own = {path.name: checksum(path) for path in saving.files()}
+            own = {_name(path, saving.beside): checksum(path) for path in saving.files()}
             self._seal(saving.beside, saving.target, saving.state, own)
 
     def _seal(self, beside: Path, target: Path, state: TrainingState, own: dict[str, str]) -> None:
@@ -197,11 +202,12 @@ class Checkpoints:
         if dist.get_rank() == 0:
             write_json(beside / STATE, asdict(state))
             checksums = {name: value for part in everyone for name, value in part.items()}
-            rest = sorted(path for path in beside.iterdir() if path.name not in checksums)
-            checksums.update({path.name: checksum(path) for path in rest})
+            files = sorted(path for path in beside.rglob("*") if path.is_file())
+            rest = [path for path in files if _name(path, beside) not in checksums]
+            checksums.update({_name(path, beside): checksum(path) for path in rest})
             mark_complete(beside, checksums)
             if self._stored is not None:
-                self._stored.upload(state.step, rest)
+                self._stored.upload(state.step, beside, rest)
                 self._stored.seal(state.step, beside / COMPLETE)
         dist.barrier()
         if self._first_here:
@@ -232,7 +238,7 @@ class Checkpoints:
             return self._stored.read(step, STATE)
         return read_json(self.path(step) / STATE)
 
-    def load(self, engine: Engine, step: int) -> TrainingState:
+    def load(self, engine: Stateful, step: int) -> TrainingState:
         """Restores weights, optimizer and, at the same number of ranks, random states."""
         path = self.path(step)
         engine.load(path)

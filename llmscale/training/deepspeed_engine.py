@@ -57,7 +57,9 @@ class DeepSpeedEngine:
         precision: Precision = "fp32",
         device: str = "cpu",
         frozen: bool = False,
+        temperature: float = 1.0,
     ) -> None:
+        self._temperature = temperature
         self.architecture, self.zero, self.settings = architecture, zero, optimizer
         self.device, self.precision = torch.device(device), precision
         self._virtual = virtual_tokens(model)
@@ -145,6 +147,8 @@ class DeepSpeedEngine:
         if batch.labels_bs is None:
             return logits_bsv
         logits_bsv = logits_bsv[:, -batch.labels_bs.shape[1] :]
+        if self._temperature != 1:
+            logits_bsv = logits_bsv / self._temperature
         losses_t = cross_entropy(
             logits_bsv.flatten(0, 1), batch.labels_bs.flatten(), reduction="none"
         )
@@ -259,8 +263,7 @@ class DeepSpeedEngine:
         Virtual tokens are in ``adapter/`` alone.
         """
         adapted = is_adapted(self.model)
-        weights = merged_weights(self.model, self.gathered) if adapted else self._whole_weights()
-        kept = self._kept_by_first(weights)
+        kept = self._kept_by_first(self.whole_weights())
         if dist.get_rank() == 0:
             below: Any = self.model
             if adapted:
@@ -272,8 +275,10 @@ class DeepSpeedEngine:
                 save_adapter(self.model, own, folder / "adapter")
         dist.barrier()
 
-    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by name, whole, on every rank, one at a time; collective."""
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        if is_adapted(self.model):
+            yield from merged_weights(self.model, self.gathered)
+            return
         for name, parameter in self.model.named_parameters():
             with self.gathered([parameter]):
                 yield name, parameter.detach()

@@ -1,6 +1,6 @@
 """What an engine is: it owns a model, its optimizer and its parallelism."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -68,7 +68,17 @@ class Writing(Protocol):
         """Writes what the files have in common, after all are written; collective."""
 
 
-class Engine(Protocol):
+class Stateful(Protocol):
+    """What a checkpoint holds. Every method is collective."""
+
+    def writing(self, folder: Path) -> Writing:
+        """Takes a copy of the whole state, to be written into a folder that is there."""
+
+    def load(self, folder: Path) -> None:
+        """Restores the state and, at the same number of ranks, random states."""
+
+
+class Engine(Stateful, Protocol):
     """Trains a model. Every method is collective unless it says otherwise."""
 
     @property
@@ -110,14 +120,14 @@ class Engine(Protocol):
     def parameters(self) -> int:
         """How many the whole model has; not collective."""
 
-    def writing(self, folder: Path) -> Writing:
-        """Takes a copy of the whole state, to be written into a folder that is there."""
-
-    def load(self, folder: Path) -> None:
-        """Restores weights, optimizer and, at the same number of ranks, random states."""
-
     def load_weights(self, folder: Path) -> None:
         """Restores the weights alone."""
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its Hugging Face name, whole, on every rank, in one order.
+
+        An adapter is merged. A tensor may be gone with the next one.
+        """
 
     def export(self, folder: Path) -> None:
         """Writes the weights and ``config.json`` of a Hugging Face folder."""

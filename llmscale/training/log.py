@@ -50,7 +50,7 @@ class TrainingLog:
             "step_seconds": round(elapsed, 4),
             "tokens_per_second": round(rate, 1),
         }
-        if self._peak_flops:
+        if self._peak_flops and flops:
             line["mfu"] = round(flops / elapsed / self._peak_flops, 4)
         self._write(line)
         self._seconds = (
@@ -58,13 +58,17 @@ class TrainingLog:
             if not self._seconds
             else (SMOOTHING * self._seconds + (1 - SMOOTHING) * elapsed)
         )
-        text = f"loss {values['loss']:.4f}  {tokens / self._seconds:,.0f} tokens/s"
+        shown = "reward" if "reward" in values else "loss"
+        text = f"{shown} {values[shown]:.4f}  {tokens / self._seconds:,.0f} tokens/s"
         self._progress.update(step, self._steps, "steps", text)
 
     def validation(self, step: int, loss: float, figures: Mapping[str, float]) -> None:
         """Logs a validation loss, and keeps its time out of the next step's."""
-        told = {f"validation_{name}": value for name, value in figures.items()}
-        self._write({"step": step, "validation_loss": loss, **told})
+        self.measured(step, validation_loss=loss, **_validation(figures))
+
+    def measured(self, step: int, **values: float) -> None:
+        """Logs what was measured after a step, and keeps its time out of the next step's."""
+        self._write({"step": step, **values})
         self._begun = time.perf_counter()
 
     def paused(self) -> None:
@@ -83,3 +87,7 @@ class TrainingLog:
         for name, value in line.items():
             if name not in ("step", "tokens"):
                 self._tensorboard.add_scalar(name, value, line["step"])
+
+
+def _validation(figures: Mapping[str, float]) -> dict[str, float]:
+    return {f"validation_{name}": value for name, value in figures.items()}

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from llmscale.models.architecture import Architecture
-from llmscale.models.huggingface import export
+from llmscale.models.huggingface import export, tensors_everywhere, whole_tensors
 from llmscale.models.megatron import DTYPES, build_chunks, inner_model
 from llmscale.parallel.context import whole_sequence
 from llmscale.parallel.layout import Layout
@@ -54,6 +54,7 @@ class MegatronEngine:
         device: str = "cpu",
         frozen: bool = False,
         adapter: Adapter | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.architecture = architecture
         self.vocabulary = vocabulary
@@ -68,6 +69,8 @@ class MegatronEngine:
         )
         if adapter is not None:
             add_adapter(inner, architecture, vocabulary, adapter)
+        for chunk in inner:
+            inner_model(chunk).temperature = temperature
         self.config = inner_model(inner[0]).config
         if frozen:
             for chunk in inner:
@@ -141,6 +144,11 @@ class MegatronEngine:
         export(self.chunks, self.architecture, self.vocabulary, folder, changes)
         if self.adapter is not None:
             export_adapter(self.chunks, self.adapter, folder / "adapter")
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        changes = weight_changes(self.chunks)
+        own = whole_tensors(self.chunks, self.architecture, self.vocabulary, changes)
+        return tensors_everywhere(own)
 
     def train_step(self, batches: Sequence[ModelBatch], learning_rate: float) -> StepResult:
         """Forward, backward and, if loss and gradients are finite, the update; collective.
