@@ -22,7 +22,8 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 ASSISTANT = ROOT / "recipes" / "assistant.yaml"
 """Needs a model that is imported first."""
 REWARD = ROOT / "recipes" / "reward.yaml"
-PRETRAINING = sorted({*(ROOT / "recipes").glob("*.yaml")} - {ASSISTANT, REWARD})
+RLHF = ROOT / "recipes" / "rlhf.yaml"
+PRETRAINING = sorted({*(ROOT / "recipes").glob("*.yaml")} - {ASSISTANT, REWARD, RLHF})
 """The shipped recipes that pretrain a model."""
 
 

@@ -5,6 +5,7 @@ from llmscale.stages.compare import Compare
 from llmscale.stages.dpo import Dpo
 from llmscale.stages.evaluate import Evaluate
 from llmscale.stages.finetune import Finetune
+from llmscale.stages.ppo import Ppo
 from llmscale.stages.prepare import Prepare
 from llmscale.stages.pretrain import Pretrain
 from llmscale.stages.quantize import Quantize
@@ -18,6 +19,7 @@ KINDS: dict[str, type[Stage]] = {
     "finetune": Finetune,
     "reward": Reward,
     "dpo": Dpo,
+    "ppo": Ppo,
     "quantize": Quantize,
     "compare": Compare,
     "evaluate": Evaluate,

@@ -27,7 +27,8 @@ def _recipe_folder(info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", Path()))
 
 
-def _beside_recipe(path: str, info: ValidationInfo) -> str:
+def beside_recipe(path: str, info: ValidationInfo) -> str:
+    """A path as a recipe has it, from the recipe's folder on."""
     return _beside(_recipe_folder(info), path)
 
 
@@ -35,7 +36,7 @@ def _pattern_beside_recipe(pattern: str, info: ValidationInfo) -> str:
     return _beside(Path(glob.escape(str(_recipe_folder(info).absolute()))), pattern)
 
 
-RecipePath = Annotated[str, AfterValidator(_beside_recipe)]
+RecipePath = Annotated[str, AfterValidator(beside_recipe)]
 """A path in a recipe; relative ones start from the recipe's folder."""
 
 RecipePattern = Annotated[str, AfterValidator(_pattern_beside_recipe)]

@@ -42,7 +42,9 @@ class Evaluate(Stage):
 
     links: ClassVar[Mapping[str, Link]] = {
         "model": Link(
-            ("pretrain", "finetune", "dpo", "quantize"), or_folder=True, folder_holds=MODEL_FILES
+            ("pretrain", "finetune", "dpo", "ppo", "quantize"),
+            or_folder=True,
+            folder_holds=MODEL_FILES,
         ),
         "corpus": Link(("prepare",)),
     }

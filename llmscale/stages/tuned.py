@@ -77,7 +77,7 @@ class TunedStage(TrainedStage):
     about: ClassVar[str] = ABOUT_EXAMPLES
     links: ClassVar[Mapping[str, Link]] = {
         "start_from": Link(
-            ("pretrain", "finetune", "dpo"), or_folder=True, folder_holds=MODEL_FILES
+            ("pretrain", "finetune", "dpo", "ppo"), or_folder=True, folder_holds=MODEL_FILES
         ),
     }
 

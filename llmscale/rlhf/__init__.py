@@ -1,0 +1,1 @@
+"""Reinforcement learning from rewards: what answers are worth, and how a policy learns from it."""

@@ -1,0 +1,178 @@
+"""Answers as batches of a policy and of a critic, with their losses.
+
+Shape legend: b answers, s places a row, n answers of an iteration.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from llmscale.rlhf.policy_losses import Estimator, clipped_policy_loss, divergence, value_loss
+from llmscale.training.batches import LossSum, TokenBatch, WholeTextBatch
+from llmscale.training.rows import Rows
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """What a policy minimizes.
+
+    Attributes:
+        clip, dual_clip: of PPO's loss.
+        kl_weight: of the divergence from the reference, where it is a part of the loss; else 0.
+        kl_estimator: how that is estimated.
+    """
+
+    clip: float
+    dual_clip: float | None
+    kl_weight: float
+    kl_estimator: Estimator
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an iteration's answers are, and what is known of them: all that an update needs.
+
+    ``sampled_ns`` are the policy's log-probabilities when it answered, ``reference_ns`` the
+    reference's; ``values_ns`` and ``returns_ns`` are a critic's, if there is one.
+    """
+
+    rows: Rows
+    sampled_ns: Tensor
+    advantages_ns: Tensor
+    reference_ns: Tensor | None = None
+    values_ns: Tensor | None = None
+    returns_ns: Tensor | None = None
+
+    @property
+    def mask_ns(self) -> Tensor:
+        """Which places' tokens are answers."""
+        return self.rows.mask_bs > 0
+
+    def policy_batch(self, numbers: Sequence[int], objective: PolicyObjective) -> "PolicyBatch":
+        """Some answers, for the policy to learn from."""
+        own = list(numbers)
+        rows, reference_ns = self.rows, self.reference_ns
+        return PolicyBatch(
+            tokens_bs=rows.tokens_bs[own],
+            positions_bs=rows.positions_bs[own],
+            labels_bs=rows.labels_bs[own],
+            mask_bs=rows.mask_bs[own],
+            sampled_bs=self.sampled_ns[own],
+            advantages_bs=self.advantages_ns[own],
+            reference_bs=None if reference_ns is None else reference_ns[own],
+            objective=objective,
+        )
+
+    def value_batch(self, numbers: Sequence[int], clip: float | None) -> "ValueBatch":
+        """Some answers, for the critic to learn from."""
+        assert self.values_ns is not None and self.returns_ns is not None, "there is a critic"
+        own = list(numbers)
+        return ValueBatch(
+            tokens_bs=self.rows.tokens_bs[own],
+            positions_bs=self.rows.positions_bs[own],
+            mask_bs=self.rows.mask_bs[own],
+            values_bs=self.values_ns[own],
+            returns_bs=self.returns_ns[own],
+            clip=clip,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredBatch(WholeTextBatch):
+    """Texts of which ``mask_bs`` says which places' tokens are answers."""
+
+    mask_bs: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        return self.mask_bs.sum().to(torch.int)
+
+    def counting(self, counts: Tensor) -> Self:
+        return replace(self, mask_bs=self.mask_bs * counts[:, None])
+
+    def _summed(self, loss_bs: Tensor, told: Sequence[Tensor]) -> LossSum:
+        counted_bs = self.mask_bs > 0
+        total, *figures = (torch.where(counted_bs, each, 0.0).sum() for each in (loss_bs, *told))
+        return LossSum(total, self.count, torch.stack(figures).detach())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch(AnsweredBatch):
+    """Answers, and how much better each token was than expected."""
+
+    labels_bs: Tensor
+    sampled_bs: Tensor
+    advantages_bs: Tensor
+    reference_bs: Tensor | None
+    objective: PolicyObjective
+
+    figures: ClassVar[tuple[str, ...]] = ("clip_fraction", "update_kl")
+
+    def loss(self, outputs: Tensor) -> LossSum:
+        own, counted_bs = self.objective, self.mask_bs > 0
+        log_probabilities_bs = -outputs.float()
+        log_ratio_bs = torch.where(counted_bs, log_probabilities_bs - self.sampled_bs, 0.0)
+        loss_bs = clipped_policy_loss(log_ratio_bs, self.advantages_bs, own.clip, own.dual_clip)
+        if own.kl_weight:
+            assert self.reference_bs is not None, "a divergence in the loss has a reference"
+            apart_bs = torch.where(counted_bs, log_probabilities_bs - self.reference_bs, 0.0)
+            loss_bs = loss_bs + own.kl_weight * divergence(apart_bs, own.kl_estimator)
+        moved_bs = log_ratio_bs.detach()
+        clipped_bs = ((moved_bs.exp() - 1).abs() > own.clip).float()
+        return self._summed(loss_bs, [clipped_bs, divergence(-moved_bs, "k3")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueBatch(AnsweredBatch):
+    """Answers, and what a critic should have expected at each place."""
+
+    values_bs: Tensor
+    returns_bs: Tensor
+    clip: float | None
+
+    labels_bs: ClassVar[None] = None
+    figures: ClassVar[tuple[str, ...]] = ("value_clip_fraction",)
+
+    def loss(self, outputs: Tensor) -> LossSum:
+        value_bs = outputs[..., 0].float()
+        loss_bs = value_loss(value_bs, self.values_bs, self.returns_bs, self.clip)
+        moved_bs = (value_bs.detach() - self.values_bs).abs()
+        clipped_bs = (moved_bs > (self.clip or torch.inf)).float()
+        return self._summed(loss_bs, [clipped_bs])
+
+
+def read_batch(rows: Rows, numbers: Sequence[int]) -> TokenBatch:
+    """Some rows to look at: of a policy, the loss of every token is wanted."""
+    own = list(numbers)
+    return TokenBatch(
+        tokens_bs=rows.tokens_bs[own],
+        positions_bs=rows.positions_bs[own],
+        labels_bs=rows.labels_bs[own],
+        mask_bs=rows.mask_bs[own],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredBatch(AnsweredBatch):
+    """Texts of which a critic's value at every place is wanted."""
+
+    labels_bs: ClassVar[None] = None
+    figures: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, outputs: Tensor) -> LossSum:
+        """The sum of the values, which nobody minimizes."""
+        value_bs = torch.where(self.mask_bs > 0, outputs[..., 0].float(), 0.0)
+        return LossSum(value_bs.sum(), self.count, torch.zeros(0, dtype=torch.float64))
+
+
+def valued_batch(rows: Rows, numbers: Sequence[int]) -> ScoredBatch:
+    """Some rows whose values are wanted."""
+    own = list(numbers)
+    return ScoredBatch(
+        tokens_bs=rows.tokens_bs[own],
+        positions_bs=rows.positions_bs[own],
+        mask_bs=rows.mask_bs[own],
+    )

@@ -1,0 +1,229 @@
+"""A rank that learns from rewards: from its settings to an exported policy, a line a step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmscale.artifacts import read_json
+from llmscale.data.prompts import Prompt, PromptSamples, read_prompts
+from llmscale.data.tokenizer import load_tokenizer
+from llmscale.errors import RecipeError
+from llmscale.evaluation.reward_models import RewardModel
+from llmscale.models.architecture import RewardArchitecture
+from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+from llmscale.models.megatron import DTYPES
+from llmscale.parallel.world import World
+from llmscale.rlhf.answer_log import AnswerLog
+from llmscale.rlhf.controller import Controller, Notes
+from llmscale.rlhf.lesson import Lesson
+from llmscale.rlhf.prompts import PromptOrder
+from llmscale.rlhf.roles import Roles
+from llmscale.rlhf.rollout import AnswerForm, TransformersRollout
+from llmscale.rlhf.scoring import (
+    CalledScorer,
+    ModelScorer,
+    Scorer,
+    WeighedScorers,
+    endpoint,
+    function_named,
+)
+from llmscale.settings import choices
+from llmscale.stages import tuning
+from llmscale.stages.base import Workspace
+from llmscale.stages.engines import FirstWeights, TrainedModel, built_engine
+from llmscale.stages.ppo import SAMPLES, VALIDATION_ANSWERS, Ppo
+from llmscale.stages.ppo_settings import RewardSource
+from llmscale.stages.train_rank import export_trained, joined_ranks, training_log
+from llmscale.stages.tuned import ABOUT_EXAMPLES
+from llmscale.training.checkpoint import Checkpoints, TrainingState
+from llmscale.training.engine import Engine
+from llmscale.training.signals import StopRequest, listening
+
+
+def learn_from_rewards(stage: Ppo, workspace: Workspace) -> None:
+    """Trains and exports the policy; every rank of the task calls it."""
+    with listening() as stop, joined_ranks(stage, workspace) as world:
+        say = print if world.first else _silent
+        checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
+        newest = checkpoints.newest_whole()
+        with built_roles(stage, workspace, resumed=newest is not None) as roles:
+            state = TrainingState() if newest is None else checkpoints.load(roles, newest)
+            notes = _notes(stage, workspace, world, state)
+            learning = controller(stage, workspace, roles, checkpoints, stop, notes, say)
+            try:
+                state = learning.learn(state)
+            finally:
+                if notes is not None:
+                    notes.log.close()
+            export_trained(_policy(stage, workspace), workspace, roles.policy, state)
+
+
+def controller(
+    stage: Ppo,
+    workspace: Workspace,
+    roles: Roles,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    notes: Notes | None,
+    say: Callable[[str], None] = print,
+) -> Controller:
+    """The loop over a stage's prompts."""
+    padding = _about(workspace)["padding"]
+    return Controller(
+        lesson=_lesson(stage, workspace.seed),
+        roles=roles,
+        prompts=PromptOrder(_prompts(stage, workspace), stage.weights()),
+        held_out=_held_out(stage, workspace),
+        form=tuning.row_form(stage, _policy_folder(workspace), padding),
+        checkpoints=checkpoints,
+        stop=stop,
+        notes=notes,
+        say=say,
+    )
+
+
+@contextmanager
+def built_roles(stage: Ppo, workspace: Workspace, resumed: bool) -> Iterator[Roles]:
+    """All models in their places; those that learn without first weights on a resume."""
+    start, temperature = _policy_folder(workspace), stage.rollout.temperature
+    policy = _policy(stage, workspace)
+    with ExitStack() as built:
+
+        def engine(model: TrainedModel, own: Ppo, first: FirstWeights, **options: Any) -> Engine:
+            return built.enter_context(
+                built_engine(own, model, first, stage.parallel, workspace.device, **options)
+            )
+
+        first = FirstWeights(start, workspace.seed, left_out=resumed)
+        learning = engine(policy, stage, first, temperature=temperature)
+        critic = reference = None
+        if stage.algorithm == "ppo":
+            own = stage.critic_settings()
+            begun = workspace.inputs.get("critic.start_from", start)
+            tuned = stage.model_copy(update={"optimizer": own.optimizer or stage.optimizer})
+            first = FirstWeights(begun, workspace.seed, left_out=resumed)
+            critic = engine(_critic(stage, workspace, begun), tuned, first)
+        if stage.kl.wanted:
+            plain = replace(policy, adapter=None)
+            first = FirstWeights(start, workspace.seed)
+            reference = engine(plain, stage, first, frozen=True, temperature=temperature)
+        yield Roles(
+            policy=learning,
+            critic=critic,
+            reference=reference,
+            rollout=_rollout(stage, workspace),
+            scorers=_scorers(stage, workspace),
+        )
+
+
+def _policy_folder(workspace: Workspace) -> Path:
+    return workspace.inputs["start_from"]
+
+
+def _about(workspace: Workspace) -> Any:
+    return read_json(workspace.folder.path / ABOUT_EXAMPLES)
+
+
+def _policy(stage: Ppo, workspace: Workspace) -> TrainedModel:
+    start = _policy_folder(workspace)
+    return tuning.tuned_model(stage, workspace.folder, start, read_architecture(start))
+
+
+def _critic(stage: Ppo, workspace: Workspace, folder: Path) -> TrainedModel:
+    architecture = RewardArchitecture.upon(read_architecture(folder), ("value",))
+    return TrainedModel(
+        architecture=architecture,
+        vocabulary=read_vocabulary(folder),
+        tokenizer=folder,
+        padding=_about(workspace)["padding"],
+    )
+
+
+def _rollout(stage: Ppo, workspace: Workspace) -> TransformersRollout:
+    about, start = _about(workspace), _policy_folder(workspace)
+    form = AnswerForm(
+        temperature=stage.rollout.temperature,
+        most=stage.rollout.max_new_tokens,
+        ends=tuple(about["ends"]),
+        padding=about["padding"],
+        batch=stage.rollout.batch,
+    )
+    dtype = DTYPES[stage.precision]
+    return TransformersRollout(start, load_tokenizer(start), form, dtype, workspace.device)
+
+
+def _scorers(stage: Ppo, workspace: Workspace) -> WeighedScorers:
+    scorers = {name: _scorer(name, source, workspace) for name, source in stage.rewards.items()}
+    weights = {name: source.weight for name, source in stage.rewards.items()}
+    return WeighedScorers(scorers, weights, stage.rollout.without_end)
+
+
+def _scorer(name: str, source: RewardSource, workspace: Workspace) -> Scorer:
+    if source.function is not None:
+        return CalledScorer(function_named(source.function), source.timeout_seconds)
+    if source.url is not None:
+        return CalledScorer(endpoint(source.url, source.timeout_seconds), source.timeout_seconds)
+    model = RewardModel(workspace.inputs[f"rewards.{name}.model"], workspace.device)
+    if source.head is None:
+        return ModelScorer(model, 0)
+    if source.head not in model.heads:
+        raise RecipeError(
+            f"rewards.{name}.head: {source.head!r} is no head of the model; use "
+            f"{choices(model.heads)}"
+        )
+    return ModelScorer(model, model.heads.index(source.head))
+
+
+def _prompts(stage: Ppo, workspace: Workspace) -> dict[str, PromptSamples]:
+    return {
+        name: PromptSamples(_split(workspace, name, "train"), workspace.seed) for name in stage.data
+    }
+
+
+def _held_out(stage: Ppo, workspace: Workspace) -> list[Prompt]:
+    """The first prompts of each data set's validation split."""
+    return [
+        prompt
+        for name in stage.data
+        for prompt in _split(workspace, name, "validation")[: stage.validation.samples]
+    ]
+
+
+def _split(workspace: Workspace, name: str, split: str) -> list[Prompt]:
+    folder = workspace.folder.path / Path(ABOUT_EXAMPLES).parent
+    return read_prompts(folder / name / f"{split}.jsonl")
+
+
+def _lesson(stage: Ppo, seed: int) -> Lesson:
+    assert stage.steps is not None, "the recipe was checked"
+    return Lesson(
+        algorithm=stage.algorithm,
+        steps=stage.steps,
+        seed=seed,
+        batch=stage.batch,
+        rollout=stage.rollout,
+        kl=stage.kl,
+        expectation=stage.critic_settings(),
+        update=stage.update,
+        checkpointing=stage.checkpoint,
+        samples_every=stage.samples_every,
+    )
+
+
+def _notes(stage: Ppo, workspace: Workspace, world: World, state: TrainingState) -> Notes | None:
+    assert stage.steps is not None, "the recipe was checked"
+    log = training_log(stage, stage.steps, workspace, world, state)
+    if log is None:
+        return None
+    folder = workspace.folder.path
+    return Notes(
+        log,
+        AnswerLog(folder / SAMPLES, state.step),
+        AnswerLog(folder / VALIDATION_ANSWERS, state.step),
+    )
+
+
+def _silent(_line: str) -> None:
+    pass
