@@ -55,14 +55,15 @@ def submit(
     cluster: Cluster,
     run: Path | str,
     *arguments: object,
+    recipe: Path = QUICKSTART,
     variables: Mapping[str, str] | None = None,
 ) -> str:
-    """Submits the quickstart by Ray's Jobs API, without an upload; returns the job's id.
+    """Submits a recipe by Ray's Jobs API, without an upload; returns the job's id.
 
     Args:
         variables: what the job and its actors find in their environment.
     """
-    words = ["llmscale", "run", QUICKSTART, *arguments, "--run-dir", run]
+    words = ["llmscale", "run", recipe, *arguments, "--run-dir", run]
     told = {"env_vars": dict(variables or {})}
     entrypoint = shlex.join(map(str, words))
     return str(cluster.jobs().submit_job(entrypoint=entrypoint, runtime_env=told))
