@@ -70,7 +70,9 @@ class QuantizedStage(Stage):
     calibration: Calibration | None = None
 
     links: ClassVar[Mapping[str, Link]] = {
-        "model": Link(("pretrain", "finetune", "dpo"), or_folder=True, folder_holds=MODEL_FILES),
+        "model": Link(
+            ("pretrain", "finetune", "dpo", "ppo"), or_folder=True, folder_holds=MODEL_FILES
+        ),
         "corpus": Link(("prepare",)),
     }
 

@@ -54,7 +54,9 @@ def test_the_largest_group_that_divides_is_taken_and_said() -> None:
     assert size == 64
     assert why == "group size 64: 128 does not divide 576 inputs of a layer"
     assert fitting_group_size(16, [48])[0] == 16
-    with pytest.raises(RecipeError, match="does not divide 48 inputs of a layer; use 8, 16"):
+    with pytest.raises(
+        RecipeError, match="does not divide 48 inputs of a layer; use 12, 16, 24 or 48"
+    ):
         fitting_group_size(None, [48, 96])
     with pytest.raises(RecipeError, match="group_size: 100 does not divide 576"):
         fitting_group_size(100, [576])

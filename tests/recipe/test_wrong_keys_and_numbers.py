@@ -20,6 +20,8 @@ NAME = "own"
 STAGES = {"prepare": "corpus", "evaluate": "evaluation"}
 MAY_BE_ZERO = {
     "centering",
+    "coefficient",
+    "smoothing",
     "gpus_per_node",
     "restarts",
     "balance_coefficient",
@@ -34,6 +36,7 @@ MAY_BE_ZERO = {
     "weight_decay",
     "gradient_clip",
 }
+MAY_BE_NEGATIVE = {"stages.ppo.rollout.without_end", f"stages.ppo.rewards.{NAME}.weight"}
 TOO_LARGE = {
     "seed": 2**32,
     "validation_fraction": 1,
@@ -91,9 +94,10 @@ NUMBERS = [
 def wrong_numbers() -> Iterator[tuple[KeyPath, str]]:
     for path, kind in NUMBERS:
         listed = path[-1] == "layers_per_stage"
-        texts = ["-1", "many", "true", "{}", ".nan", ".inf", "-.inf", "9" * 30, "'5'"]
+        texts = ["many", "true", "{}", ".nan", ".inf", "-.inf", "9" * 30, "'5'"]
         texts += [] if kind is float else ["1.5", "1e400"]
-        texts += [] if path[-1] in MAY_BE_ZERO else ["0"]
+        if dotted(path) not in MAY_BE_NEGATIVE:
+            texts += ["-1"] if path[-1] in MAY_BE_ZERO else ["-1", "0"]
         texts += [str(TOO_LARGE[path[-1]])] if path[-1] in TOO_LARGE else []
         for text in texts:
             yield path, f"[{text}]" if listed else text
@@ -118,7 +122,7 @@ def plain(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     training = values["stages"]["pretrain"]
     training["batch"]["ramp"] = {"start": 8, "increment": 8, "samples": 100}
     training["curriculum"] = [{}]
-    for kind in ("finetune", "reward", "dpo"):
+    for kind in ("finetune", "reward", "dpo", "ppo"):
         values["stages"][kind] = {
             "kind": kind,
             "start_from": "pretrain",
@@ -128,6 +132,21 @@ def plain(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             "steps": 10,
         }
     values["stages"]["reward"]["data"][NAME]["compare"] = {"difference": 1.0}
+    values["stages"]["ppo"] |= {
+        "rewards": {NAME: {"url": "http://127.0.0.1:1/"}},
+        "rollout": {"prompts": 8, "max_new_tokens": 4},
+    }
+    values["stages"]["quantize"] = {
+        "kind": "quantize",
+        "model": "pretrain",
+        "scheme": "int8-weight",
+    }
+    values["stages"]["compare"] = {
+        "kind": "compare",
+        "model": "pretrain",
+        "schemes": ["int8-weight"],
+        "measured_on": {"text": str(file)},
+    }
     return values
 
 

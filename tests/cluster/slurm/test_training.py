@@ -57,7 +57,8 @@ def test_a_job_requeued_by_hand_goes_on_with_the_same_curve_by_the_recipe_it_beg
     slurm: Cluster, run: Path, local_curve: Curve, tmp_path: Path
 ) -> None:
     recipe = Path(shutil.copy(QUICKSTART, tmp_path / "recipe.yaml"))
-    texts = f"stages.corpus.sources=[{{path: {QUICKSTART.parent}/texts/shakespeare/m[ae]*.txt}}]"
+    few = f"{QUICKSTART.parent}/texts/shakespeare/m[ae]*.txt"
+    texts = f"stages.corpus.sources=[{{path: '{few}'}}]"
     job = sbatch(slurm, run, *TWO_NODES, *SMALL, texts, BY_SRUN, *UP_TO_TRAINING, recipe=recipe)
     until(lambda: steps(run) > 10)
     recipe.write_text("nothing: of use")
