@@ -105,7 +105,7 @@ class Intake:
         """What is made of a file's records, each with its place; malformed ones are noted."""
         for record in read_records(file):
             try:
-                yield record.place, make(_object(record.value))
+                yield record.place, make(json_object(record.value))
             except Malformed as problem:
                 self.refuse(record.place, problem)
 
@@ -136,7 +136,12 @@ class Intake:
             raise RecipeError(f"{lines[0]}{others}; mend the file, or set {setting}=skip")
 
 
-def _object(value: Any) -> dict[str, Any]:
+def json_object(value: Any) -> dict[str, Any]:
+    """A record's value as the JSON object it has to be.
+
+    Raises:
+        Malformed: if it is none.
+    """
     if isinstance(value, Malformed):
         raise value
     if not isinstance(value, dict):

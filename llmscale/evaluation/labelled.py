@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmscale.data.conversations import require_whole_characters
-from llmscale.data.records import Malformed, read_records
+from llmscale.data.records import Malformed, json_object, read_records
 from llmscale.errors import RecipeError
 
 FIELD = re.compile(r"\{(\w+)\}")
@@ -63,7 +63,7 @@ def _read(
 ) -> Iterator[Labelled]:
     for record in read_records(file):
         try:
-            value = _object(record.value)
+            value = json_object(record.value)
             label = _word(value, "label")
             if labels and label not in labels:
                 raise Malformed("unknown label", f"{label!r} is none of {', '.join(labels)}")
@@ -75,14 +75,6 @@ def _read(
             )
         except Malformed as problem:
             raise RecipeError(f"{record.place}: {problem}; mend the line or remove it") from None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if isinstance(value, Malformed):
-        raise value
-    if not isinstance(value, dict):
-        raise Malformed("no JSON object")
-    return value
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:

@@ -53,13 +53,13 @@ class Experience:
 
     def policy_batch(self, numbers: Sequence[int], objective: PolicyObjective) -> "PolicyBatch":
         """Some answers, for the policy to learn from."""
-        own = list(numbers)
-        rows, reference_ns = self.rows, self.reference_ns
+        own, reference_ns = list(numbers), self.reference_ns
+        rows = self.rows.chosen(own)
         return PolicyBatch(
-            tokens_bs=rows.tokens_bs[own],
-            positions_bs=rows.positions_bs[own],
-            labels_bs=rows.labels_bs[own],
-            mask_bs=rows.mask_bs[own],
+            tokens_bs=rows.tokens_bs,
+            positions_bs=rows.positions_bs,
+            labels_bs=rows.labels_bs,
+            mask_bs=rows.mask_bs,
             sampled_bs=self.sampled_ns[own],
             advantages_bs=self.advantages_ns[own],
             reference_bs=None if reference_ns is None else reference_ns[own],
@@ -70,10 +70,11 @@ class Experience:
         """Some answers, for the critic to learn from."""
         assert self.values_ns is not None and self.returns_ns is not None, "there is a critic"
         own = list(numbers)
+        rows = self.rows.chosen(own)
         return ValueBatch(
-            tokens_bs=self.rows.tokens_bs[own],
-            positions_bs=self.rows.positions_bs[own],
-            mask_bs=self.rows.mask_bs[own],
+            tokens_bs=rows.tokens_bs,
+            positions_bs=rows.positions_bs,
+            mask_bs=rows.mask_bs,
             values_bs=self.values_ns[own],
             returns_bs=self.returns_ns[own],
             clip=clip,
@@ -144,17 +145,6 @@ class ValueBatch(AnsweredBatch):
         return self._summed(loss_bs, [clipped_bs])
 
 
-def read_batch(rows: Rows, numbers: Sequence[int]) -> TokenBatch:
-    """Some rows to look at: of a policy, the loss of every token is wanted."""
-    own = list(numbers)
-    return TokenBatch(
-        tokens_bs=rows.tokens_bs[own],
-        positions_bs=rows.positions_bs[own],
-        labels_bs=rows.labels_bs[own],
-        mask_bs=rows.mask_bs[own],
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch(AnsweredBatch):
     """Texts of which a critic's value at every place is wanted."""
@@ -168,11 +158,18 @@ class ScoredBatch(AnsweredBatch):
         return LossSum(value_bs.sum(), self.count, torch.zeros(0, dtype=torch.float64))
 
 
-def valued_batch(rows: Rows, numbers: Sequence[int]) -> ScoredBatch:
-    """Some rows whose values are wanted."""
-    own = list(numbers)
+def read_batch(rows: Rows) -> TokenBatch:
+    """Rows to look at: of a policy, the loss of every token is wanted."""
+    return TokenBatch(
+        tokens_bs=rows.tokens_bs,
+        positions_bs=rows.positions_bs,
+        labels_bs=rows.labels_bs,
+        mask_bs=rows.mask_bs,
+    )
+
+
+def valued_batch(rows: Rows) -> ScoredBatch:
+    """Rows whose values are wanted."""
     return ScoredBatch(
-        tokens_bs=rows.tokens_bs[own],
-        positions_bs=rows.positions_bs[own],
-        mask_bs=rows.mask_bs[own],
+        tokens_bs=rows.tokens_bs, positions_bs=rows.positions_bs, mask_bs=rows.mask_bs
     )

@@ -4,7 +4,7 @@ Shape legend: n rows, s places a row, b rows of a micro-batch.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ def _everywhere(
     engine: Engine,
     rows: Rows,
     micro_batch: int,
-    batch_of: Callable[[Rows, Sequence[int]], ModelBatch],
+    batch_of: Callable[[Rows], ModelBatch],
 ) -> Tensor:
     """One number a place. Ranks that have none, or not these rows, take part and are told.
 
@@ -39,7 +39,7 @@ def _everywhere(
     """
     count, length = rows.tokens_bs.shape
     dealt = own_numbers(count, engine, micro_batch)
-    batches = [batch_of(rows, [number % count for number in own]) for own in dealt]
+    batches = [batch_of(rows.chosen([number % count for number in own])) for own in dealt]
     whole_ns = torch.full((count, length), -math.inf, device=engine.device)
     for own, output in zip(dealt, engine.outputs(batches), strict=False):
         output_bs = output.float().reshape(len(own), length)

@@ -74,6 +74,8 @@ def _stage_or_folder(name: str, info: ValidationInfo) -> str:
 TOKENIZERS = "transformers.models.auto.tokenization_auto"
 """The module that every stage needs which reads texts as tokens."""
 MODEL_FILES = ("config.json",)
+MODEL_KINDS = ("pretrain", "finetune", "dpo", "ppo")
+"""The stages whose product is a language model."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 StageOrFolder = Annotated[str, AfterValidator(_stage_or_folder)]
@@ -167,3 +169,23 @@ class Stage(Settings):
     def run(self, task: str, workspace: Workspace) -> None:
         """What one rank of one task does; importing torch is its own affair."""
         raise TypeError(f"a stage of kind {self.kind} has no run")
+
+
+class ModelStage(Stage):
+    """A stage that looks at a finished model, and at its corpus unless another one is named."""
+
+    model: StageOrFolder
+    corpus: str | None = None
+
+    links: ClassVar[Mapping[str, Link]] = {
+        "model": Link(MODEL_KINDS, or_folder=True, folder_holds=MODEL_FILES),
+        "corpus": Link(("prepare",)),
+    }
+
+    def linked(self, stages: Mapping[str, "Stage"]) -> dict[str, str]:
+        """Without a ``corpus`` of its own, its model's, unless that was trained on a ``blend``."""
+        named = super().linked(stages)
+        trained_on = getattr(stages.get(self.model), "corpus", None)
+        if "corpus" not in named and trained_on in stages:
+            named["corpus"] = str(trained_on)
+        return named

@@ -25,10 +25,9 @@ class Compare(QuantizedStage):
     def texts(self) -> Mapping[str, Texts]:
         return {"measured_on": self.measured_on, **super().texts()}
 
-    def schemes_by_key(self) -> Mapping[tuple[str, ...], SchemeName]:
-        return {("schemes", str(number)): name for number, name in enumerate(self.schemes)}
-
     def problems(self, view: RecipeView) -> Iterator[Problem]:
+        for number, name in enumerate(self.schemes):
+            yield from self.calibration_problems(("schemes", str(number)), name)
         yield from super().problems(view)
         if len(set(self.schemes)) < len(self.schemes):
             yield Problem(("schemes",), "one is named twice; name each once")

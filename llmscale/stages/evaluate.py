@@ -17,13 +17,20 @@ from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import answers_or_continuations
 from llmscale.models.architecture import Architecture
 from llmscale.settings import Name, Problem, under
-from llmscale.stages.base import MODEL_FILES, Link, RecipeView, Stage, StageOrFolder, Workspace
+from llmscale.stages.base import (
+    MODEL_FILES,
+    MODEL_KINDS,
+    Link,
+    ModelStage,
+    RecipeView,
+    Workspace,
+)
 from llmscale.stages.measures import Classification, Perplexity, Samples, Tasks, WrittenTexts
 
 MEASURES = ("perplexity", "classification", "generation", "tasks", "samples")
 
 
-class Evaluate(Stage):
+class Evaluate(ModelStage):
     """``kind: evaluate``.
 
     ``classification`` and ``generation`` have a name for each file; what was answered and
@@ -32,8 +39,6 @@ class Evaluate(Stage):
     """
 
     kind: Literal["evaluate"]
-    model: StageOrFolder
-    corpus: str | None = None
     perplexity: Perplexity | None = None
     classification: dict[Name, Classification] | None = None
     generation: dict[Name, WrittenTexts] | None = None
@@ -41,21 +46,9 @@ class Evaluate(Stage):
     samples: Samples | None = None
 
     links: ClassVar[Mapping[str, Link]] = {
-        "model": Link(
-            ("pretrain", "finetune", "dpo", "ppo", "quantize"),
-            or_folder=True,
-            folder_holds=MODEL_FILES,
-        ),
-        "corpus": Link(("prepare",)),
+        **ModelStage.links,
+        "model": Link((*MODEL_KINDS, "quantize"), or_folder=True, folder_holds=MODEL_FILES),
     }
-
-    def linked(self, stages: Mapping[str, Stage]) -> dict[str, str]:
-        """Without a ``corpus`` of its own, its model's, unless that was trained on a ``blend``."""
-        named = super().linked(stages)
-        trained_on = getattr(stages.get(self.model), "corpus", None)
-        if "corpus" not in named and trained_on in stages:
-            named["corpus"] = str(trained_on)
-        return named
 
     def sources(self) -> list[Any]:
         files = [file for measure in self._measures() for file in measure.files()]

@@ -12,16 +12,7 @@ from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
 from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
 from llmscale.settings import Problem, Settings
-from llmscale.stages.base import (
-    MODEL_FILES,
-    Link,
-    RecipePattern,
-    RecipeView,
-    Stage,
-    StageOrFolder,
-    Workspace,
-    matching_files,
-)
+from llmscale.stages.base import ModelStage, RecipePattern, RecipeView, Workspace, matching_files
 
 
 class Texts(Settings):
@@ -62,27 +53,10 @@ class Calibration(Texts):
     tokens: PositiveInt = 32768
 
 
-class QuantizedStage(Stage):
+class QuantizedStage(ModelStage):
     """What stages that quantize have in common."""
 
-    model: StageOrFolder
-    corpus: str | None = None
     calibration: Calibration | None = None
-
-    links: ClassVar[Mapping[str, Link]] = {
-        "model": Link(
-            ("pretrain", "finetune", "dpo", "ppo"), or_folder=True, folder_holds=MODEL_FILES
-        ),
-        "corpus": Link(("prepare",)),
-    }
-
-    def linked(self, stages: Mapping[str, Stage]) -> dict[str, str]:
-        """Without a ``corpus`` of its own, its model's."""
-        named = super().linked(stages)
-        trained_on = getattr(stages.get(self.model), "corpus", None)
-        if "corpus" not in named and trained_on in stages:
-            named["corpus"] = str(trained_on)
-        return named
 
     def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
         return (Task("run"),)
@@ -91,21 +65,19 @@ class QuantizedStage(Stage):
         """The texts that are read, by the key they stand under."""
         return {} if self.calibration is None else {"calibration": self.calibration}
 
-    def schemes_by_key(self) -> Mapping[tuple[str, ...], SchemeName]:
-        """The schemes asked for, by where they stand."""
-        raise NotImplementedError
-
     def sources(self) -> list[Any]:
         return [texts.sources() for texts in self.texts().values()]
 
+    def calibration_problems(self, path: tuple[str, ...], name: SchemeName) -> Iterator[Problem]:
+        """What a scheme that is asked for at ``path`` lacks."""
+        if SCHEMES[name].calibrated and self.calibration is None:
+            yield Problem(
+                path,
+                f"{name} is calibrated with texts; add calibration: {{split: train}}, or "
+                "{text: FILE}",
+            )
+
     def problems(self, view: RecipeView) -> Iterator[Problem]:
-        for path, name in self.schemes_by_key().items():
-            if SCHEMES[name].calibrated and self.calibration is None:
-                yield Problem(
-                    path,
-                    f"{name} is calibrated with texts; add calibration: {{split: train}}, or "
-                    "{text: FILE}",
-                )
         for key, texts in self.texts().items():
             for problem in texts.problems("corpus" in self.linked(view.stages)):
                 yield Problem((key, *problem.path), problem.message)
@@ -118,10 +90,8 @@ class Quantize(QuantizedStage, Quantization):
 
     product: ClassVar[str] = "hf"
 
-    def schemes_by_key(self) -> Mapping[tuple[str, ...], SchemeName]:
-        return {("scheme",): self.scheme}
-
     def problems(self, view: RecipeView) -> Iterator[Problem]:
+        yield from self.calibration_problems(("scheme",), self.scheme)
         yield from super().problems(view)
         for key, wrong in self.misplaced():
             yield Problem((key,), wrong)

@@ -17,6 +17,7 @@ from llmscale.models.huggingface_config import read_architecture, read_vocabular
 from llmscale.settings import Name, Problem, Settings, under
 from llmscale.stages.base import (
     MODEL_FILES,
+    MODEL_KINDS,
     Link,
     RecipePattern,
     RecipeView,
@@ -76,9 +77,7 @@ class TunedStage(TrainedStage):
 
     about: ClassVar[str] = ABOUT_EXAMPLES
     links: ClassVar[Mapping[str, Link]] = {
-        "start_from": Link(
-            ("pretrain", "finetune", "dpo", "ppo"), or_folder=True, folder_holds=MODEL_FILES
-        ),
+        "start_from": Link(MODEL_KINDS, or_folder=True, folder_holds=MODEL_FILES),
     }
 
     @field_validator("data")

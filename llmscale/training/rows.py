@@ -26,6 +26,11 @@ class Rows:
     positions_bs: Tensor
     segments_bs: Tensor
 
+    def chosen(self, numbers: Sequence[int]) -> "Rows":
+        """Some of the rows, by their numbers."""
+        own = list(numbers)
+        return Rows(*(column[own] for column in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class RowForm:
