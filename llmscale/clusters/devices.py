@@ -1,9 +1,9 @@
 """What devices this machine has, found without importing torch."""
 
-import importlib.util
 from pathlib import Path
 
 from llmscale.errors import MachineError
+from llmscale.packages import require_package
 
 
 def cuda_present() -> bool:
@@ -30,11 +30,8 @@ def require_engine(engine: str) -> None:
     Raises:
         MachineError: if it is not.
     """
-    if engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise MachineError(
-            "engine deepspeed: the package deepspeed is missing; pip install "
-            "'llmscale[deepspeed]', or use engine megatron"
-        )
+    if engine == "deepspeed":
+        require_package("engine deepspeed", engine, "deepspeed", "use engine megatron")
 
 
 def require_quantization() -> None:
@@ -43,8 +40,4 @@ def require_quantization() -> None:
     Raises:
         MachineError: if it is not.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MachineError(
-            "adapter.method qlora: the package bitsandbytes is missing; pip install "
-            "'llmscale[deepspeed]', or use method lora"
-        )
+    require_package("adapter.method qlora", "bitsandbytes", "deepspeed", "use method lora")

@@ -1,6 +1,5 @@
 """Loading a Hugging Face folder to look at it: never with code of the folder's own."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ from safetensors import SafetensorError
 
 import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
-from llmscale.errors import MachineError, RecipeError
+from llmscale.errors import RecipeError
 from llmscale.models.architecture import FAMILIES
 from llmscale.models.huggingface_config import SCORES_TEXTS, virtual_tokens_beside
+from llmscale.packages import require_package
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
@@ -52,10 +52,7 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
 
 
 def _with_virtual_tokens(model: Any, folder: Path) -> Any:
-    if importlib.util.find_spec("peft") is None:
-        raise MachineError(
-            f"{folder}: the package peft is missing; pip install 'llmscale[deepspeed]'"
-        )
+    require_package(str(folder), "peft", "deepspeed")
     import peft
 
     if not (folder / "adapter_model.safetensors").is_file():

@@ -1,10 +1,9 @@
 """Packages that only evaluation needs, imported when they are used."""
 
 import importlib
-import importlib.util
 from typing import Any
 
-from llmscale.errors import MachineError
+from llmscale.packages import missing_package, require_package
 
 NEEDED = {
     "classification": ("sklearn",),
@@ -23,8 +22,7 @@ def require(classification: Any, generation: Any, tasks: Any) -> None:
     wanted = {"classification": classification, "generation": generation, "tasks": tasks}
     for measure, asked in wanted.items():
         for name in NEEDED[measure] if asked else ():
-            if importlib.util.find_spec(name) is None:
-                raise _missing(measure, name)
+            require_package(measure, name, "evaluation")
 
 
 def package(name: str, measure: str) -> Any:
@@ -36,10 +34,4 @@ def package(name: str, measure: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise _missing(measure, str(error.name)) from None
-
-
-def _missing(measure: str, name: str) -> MachineError:
-    return MachineError(
-        f"{measure}: the package {name} is missing; pip install 'llmscale[evaluation]'"
-    )
+        raise missing_package(measure, str(error.name), "evaluation") from None

@@ -1,6 +1,5 @@
 """From a model's folder, a scheme and texts to a folder with quantized weights."""
 
-import importlib.util
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ import torch
 
 import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
-from llmscale.errors import MachineError, RecipeError
+from llmscale.errors import RecipeError
+from llmscale.packages import require_package
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
 from llmscale.quantization.schemes import Quantization, Scheme, fitting_group_size
@@ -92,10 +92,7 @@ def quantize(
 def _require_packages(name: str, scheme: Scheme) -> None:
     own = ("bitsandbytes", "accelerate") if scheme.library_type else PACKAGES
     for package in own:
-        if importlib.util.find_spec(package) is None:
-            raise MachineError(
-                f"{name}: the package {package} is missing; pip install 'llmscale[quantization]'"
-            )
+        require_package(name, package, "quantization")
 
 
 def _figures(
