@@ -3,6 +3,9 @@
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+TRIES = 8
+"""Rooms smaller than the largest that are tried when samples are to be of like lengths."""
+
 
 def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
     """The numbers of the examples that share each sample of ``room`` tokens.
@@ -29,3 +32,18 @@ def packed(lengths: Sequence[int], room: int) -> list[list[int]]:
         samples[sample].append(number)
         insort(free, (left - length, sample))
     return sorted(sorted(sample) for sample in samples)
+
+
+def evenly_packed(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """As many samples as ``packed`` needs, but of lengths as near each other as a few tries find.
+
+    Raises:
+        ValueError: if an example is longer than ``room``.
+    """
+    samples = packed(lengths, room)
+    least = max(*lengths, -(-sum(lengths) // len(samples)))
+    for narrower in range(least, room, max(1, (room - least) // TRIES)):
+        tried = packed(lengths, narrower)
+        if len(tried) == len(samples):
+            return tried
+    return samples

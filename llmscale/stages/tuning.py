@@ -107,7 +107,7 @@ def row_form(stage: TunedStage, model: Path, padding: int) -> RowForm:
     """How examples become rows at the stage's layout."""
     layout = stage.parallel
     multiple = math.lcm(LENGTH_MULTIPLE, layout.tensor * 2 * layout.context)
-    return RowForm(padding, room(stage, model), multiple)
+    return RowForm(padding, room(stage, model), multiple, shared=layout.pipeline == 1)
 
 
 def tuned_model(

@@ -1,12 +1,12 @@
 """Reward models: scores of texts, learned from comparisons or from scores.
 
-A text's score is that at its last real token. Shape legend: b texts, s tokens a text, k heads,
-g groups of texts, p pairs.
+A text's score is that at its last real token. Shape legend: b rows, s tokens a row, t texts,
+k heads, g groups of texts, p pairs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmscale.data.chat import Example
 from llmscale.data.groups import Group
+from llmscale.data.packing import evenly_packed
 from llmscale.training.batches import LossSum, WholeTextBatch, no_figures
 from llmscale.training.preference_losses import bradley_terry, centering
 from llmscale.training.rows import RowForm
@@ -21,9 +22,13 @@ from llmscale.training.rows import RowForm
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch(WholeTextBatch):
-    """Texts that a model is to score; ``counts_g`` says which groups count."""
+    """Texts that a model is to score: the row and the place in it where each ends.
 
-    last_b: Tensor
+    ``counts_g`` says which groups count.
+    """
+
+    row_t: Tensor
+    last_t: Tensor
     counts_g: Tensor
 
     labels_bs: ClassVar[None] = None
@@ -33,8 +38,8 @@ class ScoredBatch(WholeTextBatch):
         return self.counts_g.sum().to(torch.int)
 
     def scores(self, scores_bsk: Tensor) -> Tensor:
-        """The scores of whole texts, ``[b, k]``."""
-        return scores_bsk.float()[torch.arange(self.samples), self.last_b]
+        """The scores of whole texts, ``[t, k]``."""
+        return scores_bsk.float()[self.row_t, self.last_t]
 
     def counting(self, counts: Tensor) -> Self:
         return replace(self, counts_g=self.counts_g * counts)
@@ -42,7 +47,7 @@ class ScoredBatch(WholeTextBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonBatch(ScoredBatch):
-    """Pairs of texts: the numbers of their rows, the better first.
+    """Pairs of texts: the better one's number and the worse one's.
 
     Of a ranking all pairs are compared, and count as one (Ouyang et al. 2022, equation 1).
     """
@@ -58,9 +63,9 @@ class ComparisonBatch(ScoredBatch):
     figures: ClassVar[tuple[str, ...]] = ("accuracy", "score_difference")
 
     def loss(self, outputs: Tensor) -> LossSum:
-        scores_bk = self.scores(outputs)
-        better_p = scores_bk[self.better_p, self.head_p]
-        worse_p = scores_bk[self.worse_p, self.head_p]
+        scores_tk = self.scores(outputs)
+        better_p = scores_tk[self.better_p, self.head_p]
+        worse_p = scores_tk[self.worse_p, self.head_p]
         losses_p = bradley_terry(better_p, worse_p, self.margin_p)
         if self.centering:
             losses_p = losses_p + self.centering * centering(better_p, worse_p)
@@ -83,7 +88,7 @@ class RegressionBatch(ScoredBatch):
     figures: ClassVar[tuple[str, ...]] = ()
 
     def loss(self, outputs: Tensor) -> LossSum:
-        scores_g = self.scores(outputs)[torch.arange(self.samples), self.head_g]
+        scores_g = self.scores(outputs).gather(1, self.head_g[:, None])[:, 0]
         squares_g = (scores_g - self.target_g).square()
         total = torch.where(self.counts_g > 0, squares_g * self.counts_g, 0.0).sum()
         return LossSum(total, self.count, no_figures(outputs))
@@ -94,7 +99,7 @@ class Comparisons:
     """Makes batches of groups whose texts are compared.
 
     Args:
-        texts: of the largest group; every group has so many rows.
+        texts: of the largest group; every group has so many, some of them empty.
         centering: how much scores are drawn to a mean of 0.
     """
 
@@ -154,11 +159,23 @@ class Regression:
 def _rows(
     form: RowForm, texts: Sequence[Sequence[Example]], length: int, device: torch.device
 ) -> dict[str, Any]:
-    """A row a text; one that a group does not have is a row of padding."""
-    rows = form.rows(texts, length, device)
-    last = [max(0, sum(map(len, text)) - 1) for text in texts]
+    """Texts as rows, and where each ends; one that a group does not have is of padding alone."""
+    lengths = [sum(map(len, text)) for text in texts]
+    sharing = [[number] for number in range(len(texts))]
+    if form.shared:
+        sharing = evenly_packed(lengths, form.room)
+        length = form.length(max(sum(lengths[number] for number in row) for row in sharing))
+    rows = form.rows([[one for n in row for one in texts[n]] for row in sharing], length, device)
+    ends = {
+        number: (row, max(0, end - 1))
+        for row, numbers in enumerate(sharing)
+        for number, end in zip(numbers, accumulate(lengths[n] for n in numbers), strict=True)
+    }
+    row_t, last_t = torch.tensor([ends[number] for number in range(len(texts))], device=device).T
     return {
         "tokens_bs": rows.tokens_bs,
         "positions_bs": rows.positions_bs,
-        "last_b": torch.tensor(last, device=device),
+        "segments_bs": rows.segments_bs if form.shared else None,
+        "row_t": row_t,
+        "last_t": last_t,
     }

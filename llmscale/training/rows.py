@@ -40,11 +40,14 @@ class RowForm:
         padding: the token that fills rows up; it stands behind all others, which do not see it.
         room: tokens a row has at most.
         multiple: of which the number of tokens is one, as a layout may need.
+        shared: whether texts that are scored share rows, so that little is padding; not where
+            all of a step's batches must have one shape.
     """
 
     padding: int
     room: int
     multiple: int
+    shared: bool = False
 
     def length(self, longest: int) -> int:
         """The tokens a row, where the longest of a step has that many."""

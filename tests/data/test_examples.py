@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmscale.data.chat import Example
 from llmscale.data.examples import Examples, ExampleSamples, write_examples
-from llmscale.data.packing import packed
+from llmscale.data.packing import evenly_packed, packed
 
 LENGTHS = st.lists(st.integers(1, 20), max_size=30)
 
@@ -40,6 +40,19 @@ def test_packing_keeps_every_example_once_within_the_room(lengths: list[int], ro
     assert all(sum(lengths[number] for number in sample) <= room for sample in samples)
     half_empty = [sample for sample in samples if sum(lengths[n] for n in sample) * 2 <= room]
     assert len(half_empty) <= 1  # two such would have been one
+
+
+@given(lengths=LENGTHS.filter(bool), room=st.integers(20, 40))
+def test_packing_evenly_needs_no_more_samples(lengths: list[int], room: int) -> None:
+    samples = evenly_packed(lengths, room)
+    assert sorted(number for sample in samples for number in sample) == list(range(len(lengths)))
+    assert len(samples) == len(packed(lengths, room))
+    assert all(sum(lengths[number] for number in sample) <= room for sample in samples)
+
+
+def test_packing_evenly_leaves_little_to_pad() -> None:
+    samples = evenly_packed([30, 30, 30, 30, 20, 20], 100)
+    assert [sum([30, 30, 30, 30, 20, 20][n] for n in one) for one in samples] == [80, 80]
 
 
 def test_packing_names_an_example_that_has_no_room() -> None:
