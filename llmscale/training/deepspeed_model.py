@@ -70,11 +70,20 @@ def loaded_model(
         raise RecipeError(f"{folder}: cannot be loaded: {cause}") from None
     finally:
         del partitioning
+    _let_padding_learn(model)
     if head is not None:
         _let_score_every_token(model, head, partitioned)
     if recompute == "full":
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     return model.train() if partitioned or quantized else model.to(device).train()
+
+
+def _let_padding_learn(model: Any) -> None:
+    """Lets the padding token's embedding learn: many models end their texts by the same token.
+
+    Where it only fills rows up, no loss depends on it.
+    """
+    model.get_input_embeddings().padding_idx = None
 
 
 def _let_score_every_token(model: Any, head: Tensor, partitioned: bool) -> None:

@@ -3,9 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from llmscale.artifacts import RunFolder
+from llmscale.artifacts import RunFolder, read_json
+from llmscale.models.huggingface_config import read_architecture
+from llmscale.training.deepspeed_model import loaded_model
+from llmscale.training.settings import Zero
 from tests.conftest import QUICKSTART
+from tests.models_on_disk import small_llama
 from tests.ranks import run_recipe
 
 RECIPE = f"""
@@ -57,3 +63,16 @@ def test_every_family_has_the_megatron_engine_s_curve(family: str, tmp_path: Pat
     for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)
         assert norm == pytest.approx(true_norm, rel=1e-4)
+
+
+def test_a_padding_token_that_ends_texts_learns_as_other_tokens_do(tmp_path: Path) -> None:
+    folder = small_llama(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(folder, pad_token_id=None)
+    padding = read_json(folder / "config.json")["pad_token_id"]
+    tokens_bs = torch.tensor([[20, 30, padding, 40], [50, padding, padding, 60]])
+    loaded = loaded_model(folder, read_architecture(folder), None, Zero(), "none", "cpu")
+    for model in (plain, loaded):
+        model(input_ids=tokens_bs, labels=tokens_bs).loss.backward()
+    expected, found = (model.get_input_embeddings().weight.grad for model in (plain, loaded))
+    assert expected[padding].abs().max() > 0
+    torch.testing.assert_close(found, expected)
