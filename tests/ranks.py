@@ -52,12 +52,12 @@ def answer(job: Job, rank: int, value: Any) -> None:
         write_json(job.run_folder / "answer.json", value)
 
 
-def kill_a_rank_after(stage: StageFolder, step: int) -> None:
-    """Kills rank 0 of a training stage once it has logged so many steps."""
+def kill_a_rank_after(stage: StageFolder, step: int, number: int = 0) -> None:
+    """Kills a rank of a training stage once that has logged so many steps."""
     while sum("loss" in line for line in stage.metrics()) < step:
         time.sleep(0.02)
-    said = stage.log_file(0).read_text()
-    rank = int(re.findall(r"train: rank 0 of \d+, process (\d+)", said)[-1])
+    said = stage.log_file(number).read_text()
+    rank = int(re.findall(rf"train: rank {number} of \d+, process (\d+)", said)[-1])
     os.kill(rank, signal.SIGKILL)
 
 

@@ -36,8 +36,14 @@ class Layout(Settings):
         """Copies of the model among ``ranks`` ranks."""
         return self.data or max(1, ranks // self.model_ranks)
 
-    def problems(self, *, ranks: int) -> Iterator[Problem]:
-        """What stops this layout on that many ranks, whatever the model."""
+    def problems(
+        self, *, ranks: int, whose: str = "cluster.nodes x cluster.ranks_per_node"
+    ) -> Iterator[Problem]:
+        """What stops this layout on that many ranks, whatever the model.
+
+        Args:
+            whose: what has that many.
+        """
         degrees = f"tensor {self.tensor} x pipeline {self.pipeline}"
         if self.context > 1:
             degrees += f" x context {self.context}"
@@ -45,8 +51,8 @@ class Layout(Settings):
             yield Problem(
                 ("data",),
                 f"{degrees} x data {self.data} is "
-                f"{self.model_ranks * self.data} ranks, but cluster.nodes x "
-                f"cluster.ranks_per_node is {ranks}; use {self._other_data(ranks)}"
+                f"{self.model_ranks * self.data} ranks, but {whose} is {ranks}; use "
+                f"{self._other_data(ranks)}"
                 f"{self.model_ranks * self.data} ranks",
             )
         elif ranks % self.model_ranks:

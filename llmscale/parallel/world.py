@@ -1,9 +1,9 @@
 """Joining the world and making megatron-core's process groups from the layout."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llmscale.errors import MachineError
 from llmscale.parallel import rendezvous as _launcher_scheme  # noqa: F401
+from llmscale.parallel.bridge import Bridge, Seat
 from llmscale.parallel.exchange import CORES_VARIABLE
 from llmscale.parallel.layout import Layout
 from llmscale.parallel.memory import keep_freed_memory
@@ -20,16 +21,24 @@ from llmscale.parallel.memory import keep_freed_memory
 
 @dataclass(frozen=True)
 class World:
-    """This rank among the others."""
+    """This rank among the others of its group.
+
+    Attributes:
+        group: the group's number; a task of one group has number 0 alone.
+        bridges: of the first rank of group 0, one to each other group, by number; of a rank of
+            another group, the one from there. Other ranks have none.
+    """
 
     rank: int
     ranks: int
     device: torch.device
+    group: int = 0
+    bridges: Mapping[int, Bridge] = field(default_factory=dict)
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
-        return self.rank == 0
+        """Whether this is the first rank of all, which writes what is written once."""
+        return self.rank == 0 and self.group == 0
 
 
 def resolve_device(wanted: str) -> str:
@@ -46,11 +55,18 @@ def resolve_device(wanted: str) -> str:
 
 @contextmanager
 def joined_world(
-    *, rank: int, ranks: int, rendezvous: str, device: str, timeout_seconds: float = 1800.0
+    *,
+    rank: int,
+    ranks: int,
+    rendezvous: str,
+    device: str,
+    timeout_seconds: float = 1800.0,
+    sizes: Sequence[int] | None = None,
 ) -> Iterator[World]:
-    """The process group of all ranks: NCCL on CUDA, gloo on the CPU.
+    """The process group of all ranks, or of this rank's group: NCCL on CUDA, gloo on the CPU.
 
     Args:
+        sizes: of groups that each are a world of their own; by default all ranks are one.
         rendezvous: a ``torch.distributed`` init method, such as ``file:///...``, or
             ``launcher://`` for the launcher's exchange.
     """
@@ -65,16 +81,33 @@ def joined_world(
             torch.cuda.set_device(
                 int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()
             )
+        timeout = timedelta(seconds=timeout_seconds)
+        store, _, _ = next(dist.rendezvous(rendezvous, rank, ranks, timeout=timeout))
+        store.set_timeout(timeout)
+        seat = Seat.of(rank, sizes or [ranks])
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl",
-            init_method=rendezvous,
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=timeout_seconds),
+            store=dist.PrefixStore(f"group {seat.group}", store),
+            rank=seat.rank,
+            world_size=seat.ranks,
+            timeout=timeout,
         )
         stack.callback(dist.destroy_process_group)
         where = torch.device("cpu") if device == "cpu" else torch.device("cuda")
-        yield World(rank, ranks, where)
+        bridges = _bridges(seat, sizes or [ranks], store, device)
+        yield World(seat.rank, seat.ranks, where, seat.group, bridges)
+
+
+def _bridges(seat: Seat, sizes: Sequence[int], store: dist.Store, device: str) -> dict[int, Bridge]:
+    """Those of a rank, made in the order of the groups."""
+
+    def bridge(group: int, number: int) -> Bridge:
+        meeting = dist.PrefixStore(f"bridge {group}", store)
+        return Bridge(meeting, number, sizes[group] + 1, device)
+
+    if seat.group > 0:
+        return {seat.group: bridge(seat.group, seat.rank + 1)}
+    return {group: bridge(group, 0) for group in range(1, len(sizes))} if seat.rank == 0 else {}
 
 
 def _own_cores(ranks_here: int) -> int:

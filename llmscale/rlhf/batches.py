@@ -10,7 +10,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from llmscale.rlhf.policy_losses import Estimator, clipped_policy_loss, divergence, value_loss
+from llmscale.rlhf.policy_losses import (
+    Estimator,
+    clipped_policy_loss,
+    divergence,
+    entropy_loss,
+    value_loss,
+)
 from llmscale.training.batches import LossSum, TokenBatch, WholeTextBatch
 from llmscale.training.rows import Rows
 
@@ -23,12 +29,14 @@ class PolicyObjective:
         clip, dual_clip: of PPO's loss.
         kl_weight: of the divergence from the reference, where it is a part of the loss; else 0.
         kl_estimator: how that is estimated.
+        entropy_weight: of the policy's entropy, which is to be large.
     """
 
     clip: float
     dual_clip: float | None
     kl_weight: float
     kl_estimator: Estimator
+    entropy_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class Experience:
     """What an iteration's answers are, and what is known of them: all that an update needs.
 
     ``sampled_ns`` are the policy's log-probabilities when it answered, ``reference_ns`` the
-    reference's; ``values_ns`` and ``returns_ns`` are a critic's, if there is one.
+    reference's; ``values_ns`` and ``returns_ns`` are a critic's, if there is one. ``weights_ns``
+    are of tokens that an earlier policy answered.
     """
 
     rows: Rows
@@ -45,6 +54,7 @@ class Experience:
     reference_ns: Tensor | None = None
     values_ns: Tensor | None = None
     returns_ns: Tensor | None = None
+    weights_ns: Tensor | None = None
 
     @property
     def mask_ns(self) -> Tensor:
@@ -53,7 +63,7 @@ class Experience:
 
     def policy_batch(self, numbers: Sequence[int], objective: PolicyObjective) -> "PolicyBatch":
         """Some answers, for the policy to learn from."""
-        own, reference_ns = list(numbers), self.reference_ns
+        own = list(numbers)
         rows = self.rows.chosen(own)
         return PolicyBatch(
             tokens_bs=rows.tokens_bs,
@@ -62,7 +72,8 @@ class Experience:
             mask_bs=rows.mask_bs,
             sampled_bs=self.sampled_ns[own],
             advantages_bs=self.advantages_ns[own],
-            reference_bs=None if reference_ns is None else reference_ns[own],
+            reference_bs=None if self.reference_ns is None else self.reference_ns[own],
+            weights_bs=None if self.weights_ns is None else self.weights_ns[own],
             objective=objective,
         )
 
@@ -108,6 +119,7 @@ class PolicyBatch(AnsweredBatch):
     sampled_bs: Tensor
     advantages_bs: Tensor
     reference_bs: Tensor | None
+    weights_bs: Tensor | None
     objective: PolicyObjective
 
     figures: ClassVar[tuple[str, ...]] = ("clip_fraction", "update_kl")
@@ -117,6 +129,12 @@ class PolicyBatch(AnsweredBatch):
         log_probabilities_bs = -outputs.float()
         log_ratio_bs = torch.where(counted_bs, log_probabilities_bs - self.sampled_bs, 0.0)
         loss_bs = clipped_policy_loss(log_ratio_bs, self.advantages_bs, own.clip, own.dual_clip)
+        if self.weights_bs is not None:
+            loss_bs = loss_bs * self.weights_bs
+        if own.entropy_weight:
+            loss_bs = loss_bs + own.entropy_weight * entropy_loss(
+                log_probabilities_bs, log_ratio_bs
+            )
         if own.kl_weight:
             assert self.reference_bs is not None, "a divergence in the loss has a reference"
             apart_bs = torch.where(counted_bs, log_probabilities_bs - self.reference_bs, 0.0)

@@ -88,41 +88,53 @@ class Controller:
         """One iteration, from prompts to a policy that has learned of them."""
         lesson, roles, clock = self.lesson, self.roles, Clock()
         coefficient = state.kl_coefficient or 0.0
-        answers = self.answers(state)
+        early = roles.early.taken() if roles.early is not None else None
+        answers = early or self.answers(state)
         clock.stop("rollout_seconds")
         scores = roles.scorers.scores(answers)
         clock.stop("score_seconds")
-        experience, figures = examined(lesson, roles, self.form, answers, scores, coefficient)
-        self._watch(figures["rollout_disagreement"])
+        experience, figures = examined(
+            lesson, roles, self.form, answers, scores, coefficient, early=early is not None
+        )
+        if early is None:
+            self._watch(figures["rollout_disagreement"])
         clock.stop("examine_seconds")
-        figures |= updated(lesson, roles, experience, coefficient, state.step)
-        clock.stop("update_seconds")
-        roles.rollout.synchronize(roles.policy.whole_weights())
-        clock.stop("synchronize_seconds")
         tokens = sum(len(answer.tokens) for answer in answers)
-        state = replace(
+        following = replace(
             state,
             step=state.step + 1,
             consumed_samples=state.consumed_samples + lesson.rollout.prompts,
             tokens=state.tokens + tokens,
-            kl_coefficient=self._adapted(coefficient, figures),
         )
-        self._note(state, answers, scores, tokens, figures | clock.seconds)
-        return state
+        if roles.early is not None and following.step < lesson.steps:
+            roles.early.begin(*self._asked(following))
+        figures |= updated(lesson, roles, experience, coefficient, state.step)
+        clock.stop("update_seconds")
+        if roles.early is not None:
+            roles.early.finish()
+            clock.stop("waiting_seconds")
+        roles.rollout.synchronize(roles.policy.whole_weights())
+        clock.stop("synchronize_seconds")
+        following = replace(following, kl_coefficient=self._adapted(coefficient, figures))
+        self._note(following, answers, scores, tokens, figures | clock.seconds)
+        return following
 
     def answers(self, state: TrainingState) -> list[Answer]:
         """The answers to the next prompts, those to one prompt behind each other; collective."""
+        return self.roles.rollout.answers(*self._asked(state))
+
+    def _asked(self, state: TrainingState) -> tuple[list[Prompt], list[int]]:
+        """The next prompts, each as often as it is answered, and the answers' keys."""
         first, rollout = state.consumed_samples, self.lesson.rollout
         places = range(first, first + rollout.prompts)
         prompts = self.prompts.at(places)
-        return self.roles.rollout.answers(
-            [prompt for prompt in prompts for _ in range(rollout.answers)],
-            [
-                sampling_key(self.lesson.seed, "train", place, number)
-                for place in places
-                for number in range(rollout.answers)
-            ],
-        )
+        repeated = [prompt for prompt in prompts for _ in range(rollout.answers)]
+        keys = [
+            sampling_key(self.lesson.seed, "train", place, number)
+            for place in places
+            for number in range(rollout.answers)
+        ]
+        return repeated, keys
 
     def _adapted(self, coefficient: float, figures: dict[str, float]) -> float:
         kl = self.lesson.kl

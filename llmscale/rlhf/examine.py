@@ -29,17 +29,19 @@ def examined(
     answers: Sequence[Answer],
     scores: Scores,
     coefficient: float,
+    early: bool = False,
 ) -> tuple[Experience, dict[str, float]]:
     """What there is to learn from answers, and what is told of them; collective.
 
     Args:
         coefficient: of the divergence from the reference.
+        early: whether the policy has learned since it began to answer.
 
     Raises:
         StageError: if a model's outputs are not finite.
     """
     rows = answer_rows(answers, form, roles.policy.device)
-    mask_ns = rows.mask_bs > 0
+    mask_ns, rollout_ns = rows.mask_bs > 0, rollout_probabilities(answers, rows)
     sampled_ns, reference_ns, values_ns = _asked(roles, rows, lesson.batch.micro)
     apart_ns = _apart(sampled_ns, reference_ns, mask_ns)
     penalties_ns = torch.zeros_like(sampled_ns)
@@ -55,12 +57,14 @@ def examined(
         reference_ns=reference_ns,
         values_ns=values_ns,
         returns_ns=estimates.returns_ns,
+        weights_ns=_weights(sampled_ns, rollout_ns, mask_ns, lesson) if early else None,
     )
-    rollout_ns = rollout_probabilities(answers, rows)
     figures = answer_figures(answers, scores) | {
         "entropy": float(masked_mean(-sampled_ns, mask_ns)),
         "rollout_disagreement": disagreement(rollout_ns, sampled_ns, mask_ns),
     }
+    if experience.weights_ns is not None:
+        figures["importance_weight"] = float(masked_mean(experience.weights_ns, mask_ns))
     if reference_ns is not None:
         figures |= {"kl": float(apart_ns.sum(1).mean()), "kl_coefficient": coefficient}
     if values_ns is not None and estimates.returns_ns is not None:
@@ -76,7 +80,7 @@ def _asked(
     sampled_ns = log_probabilities(roles.policy, rows, micro_batch)
     reference_ns = values_ns = None
     if roles.reference is not None:
-        reference_ns = log_probabilities(roles.reference, rows, micro_batch)
+        reference_ns = roles.reference.log_probabilities(rows, micro_batch)
     if roles.critic is not None:
         values_ns = values(roles.critic, rows, micro_batch)
     said = {"policy": sampled_ns, "reference": reference_ns, "critic": values_ns}
@@ -91,6 +95,12 @@ def _apart(sampled_ns: Tensor, reference_ns: Tensor | None, mask_ns: Tensor) -> 
     if reference_ns is None:
         return torch.zeros_like(sampled_ns)
     return torch.where(mask_ns, sampled_ns - reference_ns, 0.0)
+
+
+def _weights(sampled_ns: Tensor, rollout_ns: Tensor, mask_ns: Tensor, lesson: Lesson) -> Tensor:
+    """How much likelier the policy's tokens are than when they were sampled, up to a cap."""
+    ratio_ns = torch.where(mask_ns, sampled_ns - rollout_ns, 0.0).exp()
+    return ratio_ns.clamp(max=lesson.rollout.weight_cap)
 
 
 def _weighing(lesson: Lesson) -> Weighing:

@@ -54,6 +54,18 @@ def divergence(log_ratio: Tensor, estimator: Estimator) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+def entropy_loss(log_probability: Tensor, log_ratio: Tensor) -> Tensor:
+    """A loss of sampled tokens whose gradient, in the mean, is that of the negative entropy.
+
+    The gradient of sum p log p is that of the mean of log p times log p held fast (Williams
+    1992); tokens that an earlier policy sampled are weighed by the ratio of probabilities.
+
+    Args:
+        log_ratio: of a token's probability to that when it was sampled.
+    """
+    return (log_ratio.exp() * log_probability).detach() * log_probability
+
+
 def adapted_coefficient(
     coefficient: float, kl: float, target: float, answers: int, horizon: int
 ) -> float:

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from llmscale.data.prompts import Prompt
 from llmscale.rlhf.answers import Answer
-from llmscale.rlhf.scoring import WeighedScorers
+from llmscale.rlhf.early import EarlyAnswers
+from llmscale.rlhf.passes import log_probabilities
+from llmscale.rlhf.scoring import Scores
 from llmscale.training.engine import Engine, Writing
+from llmscale.training.rows import Rows
 
 
 class Rollout(Protocol):
@@ -23,21 +27,46 @@ class Rollout(Protocol):
         """An answer to each prompt, sampled by its key; all of them on every rank."""
 
 
+class Reference(Protocol):
+    """The model to start from."""
+
+    def log_probabilities(self, rows: Rows, micro_batch: int) -> Tensor:
+        """Of the token that follows each place, ``[n, s]``; collective."""
+
+
+class Scorers(Protocol):
+    """What says how good answers are."""
+
+    def scores(self, answers: Sequence[Answer]) -> Scores:
+        """What each is worth, the same on every rank; collective."""
+
+
+@dataclass(frozen=True)
+class OwnReference:
+    """The reference on the same ranks as who asks."""
+
+    engine: Engine
+
+    def log_probabilities(self, rows: Rows, micro_batch: int) -> Tensor:
+        """Of the token that follows each place, ``[n, s]``; collective."""
+        return log_probabilities(self.engine, rows, micro_batch)
+
+
 @dataclass(frozen=True)
 class Roles:
     """Who takes part: the policy learns, a critic beside it if the algorithm has one.
 
     Attributes:
-        reference: the model to start from; None where nothing is to stay near it.
-        rollout: a copy of the policy that answers.
-        scorers: what says how good answers are.
+        reference: None where nothing is to stay near it.
+        early: answers to the next iteration's prompts, where they are begun ahead.
     """
 
     policy: Engine
     critic: Engine | None
-    reference: Engine | None
+    reference: Reference | None
     rollout: Rollout
-    scorers: WeighedScorers
+    scorers: Scorers
+    early: EarlyAnswers | None = None
 
     def trained(self) -> dict[str, Engine]:
         """Those that learn, by their folders in a checkpoint."""
@@ -46,22 +75,31 @@ class Roles:
 
     def writing(self, folder: Path) -> "RolesWriting":
         """Takes a copy of the state of all that learn; collective."""
-        return RolesWriting(self.trained(), folder)
+        return RolesWriting(self.trained(), self.early, folder)
 
     def load(self, folder: Path) -> None:
         """Restores all that learn; collective."""
         for name, engine in self.trained().items():
             engine.load(folder / name)
+        if self.early is not None:
+            self.early.load(folder)
 
 
 class RolesWriting:
-    """Copies of several engines' states, each on its way into a folder of its own."""
+    """Copies of several engines' states, each on its way into a folder of its own.
 
-    def __init__(self, engines: Mapping[str, Engine], folder: Path) -> None:
+    Beside them, by the first rank, answers that wait to be learned from.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], early: EarlyAnswers | None, folder: Path
+    ) -> None:
         self._parts: list[Writing] = []
         for name, engine in engines.items():
             (folder / name).mkdir(exist_ok=True)
             self._parts.append(engine.writing(folder / name))
+        if early is not None and dist.get_rank() == 0:
+            self._parts.append(early.writing(folder))
 
     def write(self) -> None:
         """Writes this rank's files; may be called in a thread."""

@@ -53,6 +53,12 @@ class TransformersRollout:
         self.model.to(device).eval().requires_grad_(False)
         self._tokenizer, self._form = tokenizer, form
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        found: torch.device = self.model.device
+        return found
+
     @torch.no_grad()
     def synchronize(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes the policy's weights, which every rank is given one at a time; collective.
@@ -64,8 +70,8 @@ class TransformersRollout:
         given, taken, missing = hashlib.blake2b(), hashlib.blake2b(), set(own)
         for name, weight in weights:
             own[name].copy_(weight)
-            given.update(_bytes(weight.to(own[name].dtype)))
-            taken.update(_bytes(own[name]))
+            given.update(tensor_bytes(weight.to(own[name].dtype)))
+            taken.update(tensor_bytes(own[name]))
             missing.discard(name)
         tied = set(self.model.all_tied_weights_keys)
         sums = [given.hexdigest(), taken.hexdigest(), *sorted(missing - tied)]
@@ -130,5 +136,6 @@ class TransformersRollout:
         return text
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().data
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's numbers, in order."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -16,7 +16,10 @@ class Rollout(Settings):
     """How answers are sampled: ``prompts`` an iteration, ``answers`` to each.
 
     ``without_end`` is the score of an answer that ``max_new_tokens`` cut off, in place of its own.
-    ``batch`` is how many a rank samples at a time.
+    ``batch`` is how many a rank samples at a time. With ``ahead`` the answers to the next prompts
+    are begun before an update, and each of their tokens is learned with the weight of the
+    policy's probability over the rollout's, ``weight_cap`` at most (Espeholt et al. 2018,
+    section 4.1): a policy of more than one update ago never answers.
     """
 
     engine: Literal["transformers"] = "transformers"
@@ -26,6 +29,8 @@ class Rollout(Settings):
     temperature: PositiveFloat = 1.0
     without_end: float | None = None
     batch: Annotated[PositiveInt, NOT_IDENTITY] = 64
+    ahead: bool = False
+    weight_cap: PositiveFloat = 2.0
 
     @property
     def samples(self) -> int:
@@ -78,12 +83,14 @@ class Expectation(Settings):
 class Update(Settings):
     """How the policy learns from an iteration's answers: in so many passes over them.
 
-    ``clip`` and ``dual_clip`` are of PPO's loss. A pass that would begin after the policy has
-    moved by more than ``target_kl`` nats a token is left out.
+    ``clip`` and ``dual_clip`` are of PPO's loss. ``entropy`` times the policy's entropy, in nats a
+    token, is taken off it (Mnih et al. 2016, section 4). A pass that would begin after the policy
+    has moved by more than ``target_kl`` nats a token is left out.
     """
 
     passes: PositiveInt = 1
     clip: float = Field(default=0.2, gt=0, lt=1)
     dual_clip: float | None = Field(default=None, gt=1)
+    entropy: NonNegativeFloat = 0.0
     target_kl: PositiveFloat | None = None
     whiten_rewards: bool = False

@@ -33,6 +33,7 @@ def updated(
         dual_clip=lesson.update.dual_clip,
         kl_weight=coefficient if lesson.kl.place == "loss" else 0.0,
         kl_estimator=lesson.kl.estimator,
+        entropy_weight=lesson.update.entropy,
     )
     clip, limit = lesson.expectation.clip, lesson.update.target_kl
     told: dict[str, float] = {}

@@ -10,9 +10,11 @@ from llmscale.clusters.base import ClusterSettings
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture, read_vocabulary
+from llmscale.parallel.layout import Layout
 from llmscale.rlhf.settings import OF_GROUPS, AlgorithmName, Kl, Rollout, Update
 from llmscale.settings import NOT_IDENTITY, Name, Problem, under
 from llmscale.stages.base import MODEL_FILES, Link, Named, RecipeView, Workspace
+from llmscale.stages.ppo_placement import Placement, layouts, placement_problems
 from llmscale.stages.ppo_settings import Critic, Prompts, RewardSource
 from llmscale.stages.reward import Reward
 from llmscale.stages.tuned import ABOUT_EXAMPLES, TunedStage, vocabulary_of
@@ -41,6 +43,7 @@ class Ppo(TunedStage):
     kl: Kl = Kl()
     critic: Critic | None = None
     update: Update = Update()
+    placement: Annotated[Placement, NOT_IDENTITY] = Field(default={})
     samples_every: Annotated[PositiveInt, NOT_IDENTITY] = 10
 
     checkpointed: ClassVar[str] = "policy"
@@ -138,6 +141,30 @@ class Ppo(TunedStage):
                 ("parallel", "context"),
                 "answers are short, and are not split; remove it, or use tensor or pipeline",
             )
+        yield from self._placement_problems(architecture, cluster)
+
+    def _placement_problems(
+        self, architecture: Architecture, cluster: ClusterSettings
+    ) -> Iterator[Problem]:
+        wanted = self.kl.wanted
+        yield from under("placement", placement_problems(self.placement, architecture, wanted))
+        if self.rollout.ahead and not any(g.roles == ("rollout",) for g in self.placement.values()):
+            yield Problem(
+                ("rollout", "ahead"),
+                "only ranks that do nothing else answer while the policy learns; give rollout a "
+                "group of its own in placement, or remove it",
+            )
+        taken = sum(layout.model_ranks * (layout.data or 1) for layout in self.layouts(1)[1:])
+        if self.placement and taken + self.parallel.model_ranks > cluster.ranks:
+            yield Problem(
+                ("placement",),
+                f"its groups have {taken} ranks and the policy at least "
+                f"{self.parallel.model_ranks}, but cluster.nodes x cluster.ranks_per_node is "
+                f"{cluster.ranks}; use {taken + self.parallel.model_ranks} ranks or more",
+            )
+
+    def layouts(self, ranks: int) -> list[Layout]:
+        return layouts(self.parallel, self.placement, ranks)
 
     def imports(self) -> tuple[str, ...]:
         return (*super().imports(), "llmscale.stages.ppo_training")

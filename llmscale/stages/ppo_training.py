@@ -1,6 +1,6 @@
 """A rank that learns from rewards: from its settings to an exported policy, a line a step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +9,20 @@ from typing import Any
 from llmscale.artifacts import read_json
 from llmscale.data.prompts import Prompt, PromptSamples, read_prompts
 from llmscale.data.tokenizer import load_tokenizer
-from llmscale.errors import RecipeError
+from llmscale.errors import LlmscaleError, RecipeError
 from llmscale.evaluation.reward_models import RewardModel
 from llmscale.models.architecture import RewardArchitecture
 from llmscale.models.huggingface_config import read_architecture, read_vocabulary
 from llmscale.models.megatron import DTYPES
+from llmscale.parallel.layout import Layout
 from llmscale.parallel.world import World
 from llmscale.rlhf.answer_log import AnswerLog
 from llmscale.rlhf.controller import Controller, Notes
+from llmscale.rlhf.early import EarlyAnswers
 from llmscale.rlhf.lesson import Lesson
 from llmscale.rlhf.prompts import PromptOrder
-from llmscale.rlhf.roles import Roles
+from llmscale.rlhf.remote import Remote, RemoteReference, RemoteRollout, RemoteScorers
+from llmscale.rlhf.roles import OwnReference, Reference, Roles
 from llmscale.rlhf.rollout import AnswerForm, TransformersRollout
 from llmscale.rlhf.scoring import (
     CalledScorer,
@@ -29,11 +32,13 @@ from llmscale.rlhf.scoring import (
     endpoint,
     function_named,
 )
+from llmscale.rlhf.service import serve, tasks
 from llmscale.settings import choices
 from llmscale.stages import tuning
 from llmscale.stages.base import Workspace
 from llmscale.stages.engines import FirstWeights, TrainedModel, built_engine
 from llmscale.stages.ppo import SAMPLES, VALIDATION_ANSWERS, Ppo
+from llmscale.stages.ppo_placement import Role
 from llmscale.stages.ppo_settings import RewardSource
 from llmscale.stages.train_rank import export_trained, joined_ranks, training_log
 from llmscale.stages.tuned import ABOUT_EXAMPLES
@@ -45,10 +50,16 @@ from llmscale.training.signals import StopRequest, listening
 def learn_from_rewards(stage: Ppo, workspace: Workspace) -> None:
     """Trains and exports the policy; every rank of the task calls it."""
     with listening() as stop, joined_ranks(stage, workspace) as world:
+        if world.group > 0:
+            serve_policy(stage, workspace, world)
+            return
         say = print if world.first else _silent
         checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
         newest = checkpoints.newest_whole()
-        with built_roles(stage, workspace, resumed=newest is not None) as roles:
+        with (
+            asked_groups(stage, world) as remotes,
+            built_roles(stage, workspace, resumed=newest is not None, remotes=remotes) as roles,
+        ):
             state = TrainingState() if newest is None else checkpoints.load(roles, newest)
             notes = _notes(stage, workspace, world, state)
             learning = controller(stage, workspace, roles, checkpoints, stop, notes, say)
@@ -84,10 +95,57 @@ def controller(
     )
 
 
+def serve_policy(stage: Ppo, workspace: Workspace, world: World) -> None:
+    """What a rank beside the policy's does: it plays the roles of its group."""
+    group, bridge = list(stage.placement.values())[world.group - 1], world.bridges[world.group]
+    layout = stage.layouts(workspace.ranks)[world.group]
+    with ExitStack() as built:
+        reference = None
+        if "reference" in group.roles and stage.kl.wanted:
+            reference = built.enter_context(_reference(stage, workspace, layout))
+        able = tasks(
+            _rollout(stage, workspace) if "rollout" in group.roles else None,
+            reference,
+            _scorers(stage, workspace) if "rewards" in group.roles else None,
+            bridge,
+        )
+        serve(bridge, able)
+
+
 @contextmanager
-def built_roles(stage: Ppo, workspace: Workspace, resumed: bool) -> Iterator[Roles]:
-    """All models in their places; those that learn without first weights on a resume."""
+def asked_groups(stage: Ppo, world: World) -> Iterator[dict[Role, Remote]]:
+    """The groups beside the policy's ranks, by their roles; told to end when all is over."""
+    remotes = [Remote(world.bridges.get(number)) for number in range(1, len(stage.placement) + 1)]
+    reason: str | None = "the policy's ranks ended"
+    try:
+        yield {
+            role: remote
+            for remote, group in zip(remotes, stage.placement.values(), strict=True)
+            for role in group.roles
+        }
+        reason = None
+    except LlmscaleError as error:
+        reason = str(error)
+        raise
+    finally:
+        for remote in remotes:
+            remote.end(reason)
+
+
+@contextmanager
+def built_roles(
+    stage: Ppo,
+    workspace: Workspace,
+    resumed: bool,
+    remotes: Mapping[Role, Remote] | None = None,
+) -> Iterator[Roles]:
+    """All models in their places; those that learn without first weights on a resume.
+
+    Args:
+        remotes: the ranks that play roles which these ranks do not.
+    """
     start, temperature = _policy_folder(workspace), stage.rollout.temperature
+    remotes = remotes or {}
     policy = _policy(stage, workspace)
     with ExitStack() as built:
 
@@ -98,24 +156,47 @@ def built_roles(stage: Ppo, workspace: Workspace, resumed: bool) -> Iterator[Rol
 
         first = FirstWeights(start, workspace.seed, left_out=resumed)
         learning = engine(policy, stage, first, temperature=temperature)
-        critic = reference = None
+        critic: Engine | None = None
         if stage.algorithm == "ppo":
             own = stage.critic_settings()
             begun = workspace.inputs.get("critic.start_from", start)
             tuned = stage.model_copy(update={"optimizer": own.optimizer or stage.optimizer})
             first = FirstWeights(begun, workspace.seed, left_out=resumed)
             critic = engine(_critic(stage, workspace, begun), tuned, first)
-        if stage.kl.wanted:
-            plain = replace(policy, adapter=None)
-            first = FirstWeights(start, workspace.seed)
-            reference = engine(plain, stage, first, frozen=True, temperature=temperature)
+        reference: Reference | None = None
+        if "reference" in remotes and stage.kl.wanted:
+            reference = RemoteReference(remotes["reference"], learning.device)
+        elif stage.kl.wanted:
+            reference = built.enter_context(_reference(stage, workspace, stage.parallel))
+        rollout = RemoteRollout(remotes["rollout"]) if "rollout" in remotes else None
         yield Roles(
             policy=learning,
             critic=critic,
             reference=reference,
-            rollout=_rollout(stage, workspace),
-            scorers=_scorers(stage, workspace),
+            rollout=rollout or _rollout(stage, workspace),
+            scorers=(
+                RemoteScorers(remotes["rewards"])
+                if "rewards" in remotes
+                else _scorers(stage, workspace)
+            ),
+            early=EarlyAnswers(rollout) if rollout and stage.rollout.ahead else None,
         )
+
+
+@contextmanager
+def _reference(stage: Ppo, workspace: Workspace, layout: Layout) -> Iterator[Reference]:
+    """The model to start from, never trained."""
+    start = _policy_folder(workspace)
+    with built_engine(
+        stage,
+        replace(_policy(stage, workspace), adapter=None),
+        FirstWeights(start, workspace.seed),
+        layout,
+        workspace.device,
+        frozen=True,
+        temperature=stage.rollout.temperature,
+    ) as engine:
+        yield OwnReference(engine)
 
 
 def _policy_folder(workspace: Workspace) -> Path:

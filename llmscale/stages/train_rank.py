@@ -77,7 +77,9 @@ class Course:
 
 @contextmanager
 def joined_ranks(stage: TrainedStage, workspace: Workspace) -> Iterator[World]:
-    """All ranks of a task, met and grouped by the stage's layout."""
+    """All ranks of a task, met and grouped by the stage's layouts."""
+    layouts = stage.layouts(workspace.ranks)
+    sizes = [layout.model_ranks * layout.data_ranks(workspace.ranks) for layout in layouts]
     with (
         joined_world(
             rank=workspace.rank,
@@ -85,8 +87,9 @@ def joined_ranks(stage: TrainedStage, workspace: Workspace) -> Iterator[World]:
             rendezvous=workspace.rendezvous,
             device=workspace.device,
             timeout_seconds=stage.health.timeout_seconds,
+            sizes=sizes if len(sizes) > 1 else None,
         ) as world,
-        process_groups(stage.parallel, workspace.seed),
+        process_groups(layouts[world.group], workspace.seed),
     ):
         yield world
 

@@ -63,13 +63,16 @@ class TrainedStage(Stage):
                 "is a model that scores texts, and does not go on from one; use what it was "
                 "trained from",
             )
-        misfits = [
-            *architecture.layout_problems(self.parallel, sequence_length),
-            *self.parallel.problems(ranks=cluster.ranks),
-        ]
+        own, *others = self.layouts(cluster.ranks)
+        ranks = cluster.ranks - sum(other.model_ranks * (other.data or 1) for other in others)
+        misfits = list(architecture.layout_problems(self.parallel, sequence_length))
+        if not others:
+            misfits += own.problems(ranks=ranks)
+        elif ranks >= own.model_ranks:
+            misfits += own.problems(ranks=ranks, whose="what placement leaves of the cluster")
         yield from under("parallel", misfits)
         if not misfits:
-            data_ranks = self.parallel.data_ranks(cluster.ranks)
+            data_ranks = own.data_ranks(ranks)
             yield from under("batch", self._batch_problems(data_ranks))
         if self.engine == "deepspeed":
             yield from self._deepspeed_problems(architecture)
@@ -133,6 +136,10 @@ class TrainedStage(Stage):
             )
         yield from under("zero", self.zero.problems())
 
+    def layouts(self, ranks: int) -> list[Layout]:
+        """Of the groups that the ranks form: that of the trained model, then any others'."""
+        return [self.parallel]
+
     def training_task(self, cluster: ClusterSettings) -> Task:
         """The start of all ranks."""
         return Task(
@@ -146,6 +153,8 @@ class TrainedStage(Stage):
 
     def _fewer_ranks(self, ranks: int) -> Iterator[int]:
         """Smaller numbers of ranks that train the same batches: with fewer copies of the model."""
+        if len(self.layouts(ranks)) > 1:
+            return
         for data in range(self.parallel.data_ranks(ranks) - 1, 0, -1):
             layout = self.parallel.model_copy(update={"data": data})
             fewer = layout.model_ranks * data

@@ -21,6 +21,7 @@ STAGES = {"prepare": "corpus", "evaluate": "evaluation"}
 MAY_BE_ZERO = {
     "centering",
     "coefficient",
+    "entropy",
     "smoothing",
     "gpus_per_node",
     "restarts",

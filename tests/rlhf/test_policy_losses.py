@@ -12,6 +12,7 @@ from llmscale.rlhf.policy_losses import (
     adapted_coefficient,
     clipped_policy_loss,
     divergence,
+    entropy_loss,
     value_loss,
 )
 
@@ -57,6 +58,17 @@ def test_estimates_have_the_exact_divergence_as_their_mean_over_a_vocabulary(
     estimates = divergence(policy - reference, estimator)  # type: ignore[arg-type]
     exact = kl_divergence(Categorical(logits=policy), Categorical(logits=reference))
     torch.testing.assert_close((policy.exp() * estimates).sum(), exact)
+
+
+def test_the_entropy_s_gradient_is_the_exact_one_in_the_mean_over_a_vocabulary() -> None:
+    torch.manual_seed(0)
+    sampled = torch.randn(6).log_softmax(0)
+    logits = torch.randn(6, requires_grad=True)
+    (exact,) = torch.autograd.grad(-Categorical(logits=logits).entropy(), logits)
+    known = logits.log_softmax(0)
+    estimates = entropy_loss(known, (known - sampled).detach())
+    (found,) = torch.autograd.grad((sampled.exp() * estimates).sum(), logits)
+    torch.testing.assert_close(found, exact)
 
 
 def test_k2_is_near_the_exact_divergence_of_distributions_that_are_near() -> None:
