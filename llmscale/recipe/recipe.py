@@ -23,7 +23,7 @@ from llmscale.recipe.sweep import (
 )
 from llmscale.recipe.yaml_places import Document, KeyPath, parse_value, read_yaml, write_yaml
 from llmscale.settings import Name, Problem, Settings, choices, shown, under
-from llmscale.stages import KINDS
+from llmscale.stages import KINDS, settings_of
 from llmscale.stages.base import Link, RecipeView, Stage, is_file, is_folder
 
 RESERVED_STAGE_NAMES = ("code", "ray", "slurm", "superseded", "sweep")
@@ -235,7 +235,7 @@ def _validate_stage(document: Document, name: str, values: Any, context: Any) ->
     path = ("stages", name)
     if not isinstance(values, dict):
         raise _error(document, path, "a stage is a mapping; begin it with `kind: ...`")
-    settings = KINDS[_kind(document, name, values)]
+    settings = settings_of(_kind(document, name, values))
     try:
         return settings.model_validate(values, context=context)
     except ValidationError as error:
@@ -270,7 +270,8 @@ def _one_line(text: str) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors."""
-    stage: Any = Annotated[_union(list(KINDS.values())), Field(discriminator="kind")]
+    every = _union([settings_of(kind) for kind in KINDS])
+    stage: Any = Annotated[every, Field(discriminator="kind")]
     described = create_model(
         "Recipe",
         __base__=Recipe,

@@ -13,7 +13,7 @@ import pytest
 from llmscale.recipe.recipe import Recipe
 from llmscale.recipe.yaml_places import KeyPath, read_yaml, write_yaml
 from llmscale.settings import Settings
-from llmscale.stages import KINDS
+from llmscale.stages import KINDS, settings_of
 
 NAME = "own"
 """Of what a recipe gives names to."""
@@ -80,8 +80,8 @@ def keys(
 def every_key() -> Iterator[tuple[KeyPath, Any]]:
     seen: set[type] = set()
     yield from keys(Recipe, (), seen)
-    for kind, settings in KINDS.items():
-        yield from keys(settings, ("stages", STAGES.get(kind, kind)), seen)
+    for kind in KINDS:
+        yield from keys(settings_of(kind), ("stages", STAGES.get(kind, kind)), seen)
 
 
 EVERY_KEY = list(every_key())

@@ -20,13 +20,14 @@ ON_TWO_WORKERS = [
 ]
 
 
-def test_a_policy_whose_actors_are_killed_learns_as_an_undisturbed_one_does(
+def test_actors_of_any_role_may_be_killed_on_nodes_of_their_own(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     home = letters_home(
         tmp_path / "home",
         2,
-        parallel={"tensor": 2},
+        parallel={"data": 1},
+        placement="separate",
         steps=24,
         checkpoint={"every": 3},
         kl={"coefficient": 0.1, "target": 0.05, "horizon": 200},
