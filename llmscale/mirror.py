@@ -19,7 +19,15 @@ from llmscale.storage import SECONDS_TO_WAIT, Storage
 CHECKPOINTS = "checkpoints"
 SUPERSEDED = "superseded"
 SECONDS_TO_OPEN = 60.0
-TOLD = ("manifest.json", "metrics.jsonl", "progress.json", "samples.json", "logs")
+TOLD = (
+    "manifest.json",
+    "metrics.jsonl",
+    "progress.json",
+    "samples.json",
+    "samples.jsonl",
+    "validation.jsonl",
+    "logs",
+)
 """What of a stage is looked at from elsewhere."""
 ATTEMPTS = 3
 """At fetching files while others are writing there."""

@@ -22,8 +22,17 @@ AXIS_LABELS = {
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm (L2)",
     "tokens_per_second": "tokens per second",
+    "reward": "reward (mean of an answer)",
+    "kl": "KL to the reference (nats an answer)",
+    "entropy": "entropy (nats a token)",
+    "clip_fraction": "share of tokens clipped",
+    "update_kl": "KL of an update (nats a token)",
+    "answer_tokens": "tokens an answer",
+    "without_end": "share of answers cut off",
 }
-NOT_PLOTTED = {"step", "tokens", "step_seconds", "mfu", "validation_loss"}
+VALIDATION = "validation_"
+"""How the name of a quantity begins that was measured on what is not learned."""
+NOT_PLOTTED = {"step", "tokens", "step_seconds", "mfu"}
 
 INK, GRID, LINE, POINTS = "#010101", "#020202", "#030303", "#040404"
 PAGE_COLORS = {
@@ -67,14 +76,20 @@ def thin(points: Sequence[Point], limit: int = POINTS_DRAWN) -> Sequence[Point]:
 
 
 def plots(stage: str, records: Sequence[Record]) -> list[Plot]:
-    """The known quantities in their order, then whatever else the stage logged."""
-    logged = [key for record in records for key in record]
-    keys = [*AXIS_LABELS, *(key for key in logged if key not in NOT_PLOTTED)]
+    """The known quantities in their order, then whatever else the stage logged.
+
+    What was measured in validation, too, is in the same picture.
+    """
+    logged = dict.fromkeys(key.removeprefix(VALIDATION) for record in records for key in record)
     plots = []
-    for key in dict.fromkeys(keys):
-        lines = {f"training {key}" if key == "loss" else key: series(records, key)}
-        if key == "loss":
-            lines["validation loss"] = series(records, "validation_loss")
+    for key in dict.fromkeys([*AXIS_LABELS, *logged]):
+        if key in NOT_PLOTTED:
+            continue
+        words = key.replace("_", " ")
+        lines = {
+            f"training {words}": series(records, key),
+            f"validation {words}": series(records, f"{VALIDATION}{key}"),
+        }
         if any(lines.values()):
             plots.append(_plot(f"{stage}-{key}", key, lines))
     return plots
@@ -87,6 +102,8 @@ def _plot(identity: str, key: str, lines: Mapping[str, Sequence[Point]]) -> Plot
     }
     lost = sum(len(points) for points in lines.values()) - sum(map(len, drawn.values()))
     words = key.replace("_", " ")
+    if not lines[f"training {words}"]:
+        words = f"validation {words}"
     note = f"{lost:,} value{'s' * (lost > 1)} not finite, left out." if lost else ""
     svg = Markup("")
     if any(drawn.values()):

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmscale.artifacts import RunFolder, read_json, write_text
 from llmscale.recipe.recipe import Recipe, read_resolved
+from llmscale.report.answers import ShownPrompt, extreme_answers, held_out_answers
 from llmscale.report.evaluations import (
     Confusion,
     confusions,
@@ -24,6 +25,7 @@ from llmscale.report.evaluations import (
 )
 from llmscale.report.plots import Plot, Record, plots, series
 from llmscale.stages.base import Stage
+from llmscale.stages.ppo import SAMPLES, VALIDATION_ANSWERS
 from llmscale.status import status
 
 NOTHING = "–"
@@ -57,6 +59,8 @@ class StageView:
     reliability: Sequence[Plot]
     confusions: Sequence[Confusion]
     samples: Sequence[Mapping[str, str]]
+    held_out: Sequence[ShownPrompt]
+    extremes: Sequence[ShownPrompt]
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -88,13 +92,15 @@ def write_report(folder: RunFolder) -> Path:
 
 
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("llmscale", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["shown"] = format_value
+    return environment
 
 
 def _run_status(statuses: Sequence[str]) -> str:
@@ -119,6 +125,7 @@ def _when(manifests: Iterable[Record], stages: Sequence[Record]) -> str:
 def _headlines(stages: Sequence[Record], records: Mapping[str, Sequence[Record]]) -> list[Headline]:
     logged = [
         ("validation loss", "validation_loss", _last),
+        ("held-out reward", "validation_reward", _last),
         ("tokens seen", "tokens", _last),
         ("tokens/s, median", "tokens_per_second", _median),
         ("MFU, median", "mfu", _median_percent),
@@ -165,7 +172,7 @@ def _stage_view(
     records: Sequence[Record],
 ) -> StageView:
     name = told["stage"]
-    manifest = manifests[name]
+    manifest, place = manifests[name], folder.stage(name).path
     started, finished = manifest.get("started"), manifest.get("finished")
     return StageView(
         name=name,
@@ -184,7 +191,9 @@ def _stage_view(
         plots=plots(name, records),
         reliability=reliability_plots(name, told["metrics"]),
         confusions=confusions(told["metrics"]),
-        samples=read_json(folder.stage(name).path / "samples.json") or [],
+        samples=read_json(place / "samples.json") or [],
+        held_out=held_out_answers(place / VALIDATION_ANSWERS),
+        extremes=extreme_answers(place / SAMPLES),
     )
 
 

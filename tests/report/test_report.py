@@ -184,6 +184,72 @@ def test_samples_and_errors_are_text_and_never_markup(folder: RunFolder) -> None
     assert "&amp; more" in text
 
 
+def answered(step: int, prompt: str, answer: str, reward: float) -> str:
+    """A line of a stage of kind ppo about one answer."""
+    line = {"step": step, "prompt": prompt, "answer": answer, "reward": reward}
+    return json.dumps({**line, "reward_people": 2 * reward, "reward_mine": reward - 1}) + "\n"
+
+
+def test_held_out_prompts_show_their_first_answer_and_their_last(folder: RunFolder) -> None:
+    begin(folder, "pretrain")
+    lines = [
+        answered(step, f"prompt {number}", f"answer {number} at {step}", step / 7)
+        for step in (0, 10, 20)
+        for number in range(30)
+    ]
+    half = answered(30, "prompt 0", "answer 0 at 30", 1.0)
+    (folder.stage("pretrain").path / "validation.jsonl").write_text("".join([*lines, half, '{"st']))
+    text = written(folder)
+    for number in range(8):
+        assert f"prompt {number}<" in text
+        for step, reward in ((0, "reward 0 · people 0 · mine -1"), (20, "2.857 · people 5.714")):
+            assert f"answer {number} at {step}<" in text and reward in text
+    assert "prompt 8<" not in text, "few of them"
+    assert " at 10<" not in text and " at 30<" not in text, "which is not whole"
+
+
+def test_the_best_and_the_worst_sampled_answers_are_shown(folder: RunFolder) -> None:
+    begin(folder, "pretrain")
+    lines = [
+        answered(step, "prompt", f"answer of {step}, {number}", float((number * 7) % 16))
+        for step in (10, 20)
+        for number in range(16)
+    ]
+    (folder.stage("pretrain").path / "samples.jsonl").write_text("".join(lines))
+    text = written(folder)
+    shown = [int(number) for number in re.findall(r"answer of 20, (\d+)<", text)]
+    assert [(number * 7) % 16 for number in shown] == [15, 14, 13, 2, 1, 0]
+    assert "answer of 10" not in text
+
+
+def test_long_answers_are_cut_and_none_is_markup(folder: RunFolder) -> None:
+    begin(folder, "pretrain")
+    attack = "<script>alert(1)</script>"
+    lines = answered(0, attack, attack + "x" * 100_000, 1.0)
+    for name in ("validation.jsonl", "samples.jsonl"):
+        (folder.stage("pretrain").path / name).write_text(lines)
+    text = written(folder)
+    assert "script" not in Page(text).tags
+    assert text.count("&lt;script&gt;") == 4
+    assert len(text) < 50_000
+
+
+def test_what_is_validated_is_drawn_beside_what_is_trained(folder: RunFolder) -> None:
+    begin(folder, "pretrain")
+    lines: list[dict[str, float]] = [{"step": 0, "validation_reward": 0.1}]
+    lines += [{"step": step, "reward": step / 7, "kl": step / 5} for step in range(1, 5)]
+    folder.stage("pretrain").metrics_file.write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
+    text = written(folder)
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>", text)
+    assert {"training reward", "validation reward", "KL to the reference (nats an answer)"} <= {
+        *drawn
+    }
+    assert re.findall(r"<figcaption>([^<]*)</figcaption>", text) == ["Reward", "Kl"]
+    assert "held-out reward" in text
+
+
 def test_a_logged_name_with_markup_cannot_break_a_plot(folder: RunFolder) -> None:
     begin(folder, "pretrain")
     lines = [{"step": step, "$</text><script>": step} for step in range(3)]
