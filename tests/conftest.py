@@ -23,7 +23,8 @@ ASSISTANT = ROOT / "recipes" / "assistant.yaml"
 """Needs a model that is imported first."""
 REWARD = ROOT / "recipes" / "reward.yaml"
 RLHF = ROOT / "recipes" / "rlhf.yaml"
-PRETRAINING = sorted({*(ROOT / "recipes").glob("*.yaml")} - {ASSISTANT, REWARD, RLHF})
+RLHF_LLAMA3 = ROOT / "recipes" / "rlhf-llama3-8b-32xh100.yaml"
+PRETRAINING = sorted({*(ROOT / "recipes").glob("*.yaml")} - {ASSISTANT, REWARD, RLHF, RLHF_LLAMA3})
 """The shipped recipes that pretrain a model."""
 
 

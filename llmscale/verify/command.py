@@ -9,9 +9,10 @@ from rich.console import Console
 
 from llmscale.errors import Disagreement, RecipeError, StageError
 from llmscale.recipe.recipe import load_recipe
+from llmscale.stages.pretrain import Pretrain
 from llmscale.stages.tuned import vocabulary_of
 from llmscale.verify.proof import Proof
-from llmscale.verify.prove import prove_recipe, training_stages
+from llmscale.verify.prove import prove_recipe, proven_stages
 from llmscale.verify.table import layout_in_words, plain, plain_exact, show_exact, show_proven
 
 MOST_RANKS = (8, 16)
@@ -54,7 +55,14 @@ def verify_exact_rank(
         StageError: if the stages together are not the architecture.
     """
     loaded = load_recipe(recipe, overrides)
-    stages = training_stages(loaded)
+    stages = {
+        name: stage for name, stage in proven_stages(loaded).items() if isinstance(stage, Pretrain)
+    }
+    if not stages:
+        raise RecipeError(
+            f"{recipe}: --exact-rank builds what stages of kind pretrain train, and there is none; "
+            "leave it out"
+        )
     import llmscale.quiet  # noqa: F401
     from llmscale.verify.exact import exact_rank
 

@@ -7,8 +7,11 @@ from pydantic import PositiveInt
 
 from llmscale.models.architecture import Architecture
 from llmscale.parallel.layout import Layout
+from llmscale.rlhf.settings import AlgorithmName, Expectation, Kl, Rollout, Update
 from llmscale.settings import Settings
+from llmscale.stages.ppo import Ppo
 from llmscale.stages.pretrain import Pretrain
+from llmscale.stages.trained import TrainedStage
 from llmscale.training.settings import Batch, Optimizer, Precision, Recompute
 
 DEGREES = ("tensor", "pipeline", "context", "data")
@@ -24,6 +27,20 @@ SMALLEST_EPSILON = 1e-5
 """AdamW with a smaller one moves weights by the rounding noise of gradients that are zero."""
 INITIAL_STD = 0.15
 """Wide enough for attention to be far from uniform in so small a model."""
+PASSES, ANSWERS = 2, 2
+"""Of learning from rewards: passes over an iteration's answers, and answers to a prompt."""
+ANSWER_TOKENS = SEQUENCE_LENGTH // 2
+
+
+class Learning(Settings):
+    """How the model of a proof learns from rewards: as a stage of kind ppo has it."""
+
+    algorithm: AlgorithmName
+    rollout: Rollout
+    kl: Kl
+    expectation: Expectation
+    update: Update
+    critic_optimizer: Optimizer
 
 
 class Proof(Settings):
@@ -37,6 +54,7 @@ class Proof(Settings):
     precision: Precision = "fp32"
     recompute: Recompute = "none"
     separate_documents: bool = False
+    learning: Learning | None = None
     steps: PositiveInt
     seed: int = 1
 
@@ -58,36 +76,89 @@ def proofs(stage: Pretrain, cluster_ranks: int, *, steps: int, most_ranks: int) 
     If these are too many for ``most_ranks``, each largest choice of them that fits is a proof
     of its own, so that all pairs and triples of degrees still are proven together.
     """
-    layout, room = stage.parallel, most_ranks.bit_length() - 1
-    degrees = {name: getattr(layout, name) for name in DEGREES}
-    degrees["data"] = layout.data_ranks(cluster_ranks)
-    split = [name for name, degree in degrees.items() if degree > 1]
     return [
-        _proof(stage, dict.fromkeys(chosen, 2), steps)
-        for chosen in combinations(split, min(room, len(split)))
+        _proof(stage, stage.architecture(), degrees, steps).model_copy(
+            update={"separate_documents": stage.separate_documents}
+        )
+        for degrees in _choices(stage.parallel, cluster_ranks, most_ranks)
     ]
 
 
-def _proof(stage: Pretrain, degrees: Mapping[str, int], steps: int) -> Proof:
+def learning_proofs(
+    stage: Ppo, model: Architecture, cluster_ranks: int, *, steps: int, most_ranks: int
+) -> list[Proof]:
+    """The same of a stage that learns from rewards.
+
+    Args:
+        model: the policy's.
+    """
+    found = []
+    for degrees in _choices(stage.parallel, cluster_ranks, most_ranks):
+        proof = _proof(stage, model, degrees, steps)
+        update = {"learning": _learning(stage, proof), "optimizer": _steady(proof.optimizer)}
+        found.append(proof.model_copy(update=update))
+    return found
+
+
+def _choices(layout: Layout, cluster_ranks: int, most_ranks: int) -> list[dict[str, int]]:
+    room = most_ranks.bit_length() - 1
+    degrees = {name: getattr(layout, name) for name in DEGREES}
+    degrees["data"] = layout.data_ranks(cluster_ranks)
+    split = [name for name, degree in degrees.items() if degree > 1]
+    return [dict.fromkeys(chosen, 2) for chosen in combinations(split, min(room, len(split)))]
+
+
+def _proof(
+    stage: TrainedStage, model: Architecture, degrees: Mapping[str, int], steps: int
+) -> Proof:
     layout = _small_layout(stage.parallel, degrees)
     pipeline = layout.pipeline
     micro = min(stage.batch.micro, MICRO_BATCH)
     samples = micro * (layout.data or 1) * 2 * pipeline
     return Proof(
-        model=_small_model(stage.architecture(), layout),
+        model=_small_model(model, layout),
         vocabulary=VOCABULARY,
         parallel=layout,
         batch=Batch.model_validate({"global": samples, "micro": micro}),
-        optimizer=stage.optimizer.model_copy(
-            update={
-                "learning_rate": LEARNING_RATE,
-                "epsilon": max(stage.optimizer.epsilon, SMALLEST_EPSILON),
-            }
-        ),
+        optimizer=_plain_optimizer(stage.optimizer),
         recompute=stage.recompute,
-        separate_documents=stage.separate_documents,
         steps=steps,
     )
+
+
+def _plain_optimizer(optimizer: Optimizer) -> Optimizer:
+    epsilon = max(optimizer.epsilon, SMALLEST_EPSILON)
+    return optimizer.model_copy(update={"learning_rate": LEARNING_RATE, "epsilon": epsilon})
+
+
+def _learning(stage: Ppo, proof: Proof) -> Learning:
+    """As many updates a pass as the stage has, up to two, and its rules of learning.
+
+    ``target_kl`` is left out: whether a pass is left out could depend on the last bit.
+    """
+    own = stage.critic_settings()
+    answers = min(stage.rollout.answers, ANSWERS)
+    samples = proof.batch.global_ * min(2, stage.rollout.samples // stage.batch.global_)
+    passes = min(stage.update.passes, PASSES)
+    return Learning(
+        algorithm=stage.algorithm,
+        rollout=Rollout(
+            prompts=samples // answers,
+            answers=answers,
+            max_new_tokens=ANSWER_TOKENS,
+            temperature=stage.rollout.temperature,
+        ),
+        kl=stage.kl,
+        expectation=Expectation(clip=own.clip, discount=own.discount, smoothing=own.smoothing),
+        update=stage.update.model_copy(update={"passes": passes, "target_kl": None}),
+        critic_optimizer=_steady(_plain_optimizer(own.optimizer or stage.optimizer)),
+    )
+
+
+def _steady(optimizer: Optimizer) -> Optimizer:
+    """Without a schedule, which would have the first steps change nothing."""
+    steady = {"schedule": "constant", "warmup_steps": 0, "decay_steps": None}
+    return optimizer.model_copy(update=steady)
 
 
 def _small_layout(layout: Layout, degrees: Mapping[str, int]) -> Layout:

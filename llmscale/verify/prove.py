@@ -13,10 +13,17 @@ from llmscale.clusters.base import Job, Task
 from llmscale.clusters.local import LocalCluster
 from llmscale.errors import RecipeError, StageError
 from llmscale.recipe.recipe import Recipe
+from llmscale.stages.ppo import Ppo
 from llmscale.stages.pretrain import Pretrain
-from llmscale.verify.proof import Proof, proofs
+from llmscale.verify.proof import Proof, learning_proofs, proofs
 from llmscale.verify.rank import LAYOUT, PROOF, REFERENCE, RESUMED, prove_rank
-from llmscale.verify.verdict import Check, curve_checks, low_precision_checks, tensor_check
+from llmscale.verify.verdict import (
+    Check,
+    curve_checks,
+    figure_checks,
+    low_precision_checks,
+    tensor_check,
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Proven:
         return told
 
 
-def training_stages(recipe: Recipe) -> dict[str, Pretrain]:
-    """The stages that have a layout.
+def proven_stages(recipe: Recipe) -> dict[str, Pretrain | Ppo]:
+    """The stages whose layouts are proven.
 
     Raises:
         RecipeError: if there is none.
@@ -51,12 +58,18 @@ def training_stages(recipe: Recipe) -> dict[str, Pretrain]:
     found = {
         name: stage
         for name, stage in recipe.stages.items()
-        if isinstance(stage, Pretrain) and stage.engine == "megatron"
+        if isinstance(stage, Pretrain | Ppo) and stage.engine == "megatron"
     }
+    for name, stage in found.items():
+        if isinstance(stage, Ppo) and stage.adapter is not None:
+            raise RecipeError(
+                f"{recipe.name}: stages.{name}.adapter: layouts are proven of whole models; remove "
+                f"it for the proof: stages.{name}.adapter=null"
+            )
     if not found:
         raise RecipeError(
-            f"{recipe.name}: no stage of kind pretrain has engine megatron, whose layouts are "
-            "what is proven; add one"
+            f"{recipe.name}: no stage of kind pretrain or ppo has engine megatron, whose layouts "
+            "are what is proven; add one"
         )
     return found
 
@@ -75,13 +88,21 @@ def prove_recipe(
         StageError: if a rank failed.
     """
     found = []
-    for name, stage in training_stages(recipe).items():
-        for proof in proofs(stage, recipe.cluster.ranks, steps=steps, most_ranks=most_ranks):
+    for name, stage in proven_stages(recipe).items():
+        for proof in _proofs(recipe, stage, steps, most_ranks):
             on_proof(name, proof)
             proven = prove(name, proof)
-            low = stage.precision in ("bf16", "fp8")
+            low = stage.precision in ("bf16", "fp8") and proof.learning is None
             found.append(_with_low_precision(proven) if low else proven)
     return found
+
+
+def _proofs(recipe: Recipe, stage: Pretrain | Ppo, steps: int, most_ranks: int) -> list[Proof]:
+    ranks = recipe.cluster.ranks
+    if isinstance(stage, Pretrain):
+        return proofs(stage, ranks, steps=steps, most_ranks=most_ranks)
+    model = stage.architecture(recipe.stages)
+    return learning_proofs(stage, model, ranks, steps=steps, most_ranks=most_ranks)
 
 
 def prove(stage: str, proof: Proof) -> Proven:
@@ -92,7 +113,8 @@ def prove(stage: str, proof: Proof) -> Proven:
     """
     with _folder() as folder:
         _run(folder, proof, [REFERENCE, LAYOUT, RESUMED])
-        return Proven(stage, proof, tuple(checks(folder)))
+        told = checks(folder) if proof.learning is None else learning_checks(folder)
+        return Proven(stage, proof, tuple(told))
 
 
 @contextmanager
@@ -134,6 +156,26 @@ def checks(folder: Path) -> list[Check]:
     told = next((check for check in again if not check.agrees), again[0])
     found.append(replace(told, name="checkpoint at one rank"))
     found.append(tensor_check("Hugging Face export", layout["export"], names, wrong_from))
+    return found
+
+
+def learning_checks(folder: Path) -> list[Check]:
+    """What the finished tasks of a proof of learning from rewards in ``folder`` say."""
+    folder = folder / "proof"
+    reference: list[dict[str, Any]] = read_json(folder / REFERENCE / "curves.json")
+    names: dict[str, list[str]] = read_json(folder / REFERENCE / "tensors.json")
+    layout, resumed = read_json(folder / "layout.json"), read_json(folder / "resumed.json")
+    found = figure_checks(layout["curves"], reference[:-1])
+    wrong_from = min((c.step for c in found if c.step is not None), default=None)
+    again = figure_checks(resumed["curves"], reference[-1:], len(reference))
+    for role, expected in names.items():
+        for told, answer in ((found, layout), (again, resumed)):
+            own = [one for one in answer["differences"] if one["what"] == role]
+            told.append(tensor_check(f"{role}'s parameters", own, expected, wrong_from))
+    first = next((check for check in again if not check.agrees), again[0])
+    found.append(replace(first, name="checkpoint at one rank"))
+    export = layout["export"]
+    found.append(tensor_check("Hugging Face export", export, names["policy"], wrong_from))
     return found
 
 

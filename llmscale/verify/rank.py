@@ -15,18 +15,21 @@ def prove_rank(job: Job, rank: int, rendezvous: str) -> None:
     import llmscale.quiet  # noqa: F401
     from llmscale.parallel.layout import Layout
     from llmscale.parallel.world import joined_world, process_groups
-    from llmscale.verify.runs import resume_at_one_rank, run_layout, run_reference
 
     folder: Path = job.run_folder / job.stage
     proof = Proof.model_validate(read_json(folder / PROOF))
+    if proof.learning is None:
+        from llmscale.verify import runs as tasks
+    else:
+        from llmscale.verify import learning as tasks  # type: ignore[no-redef]
     layout = proof.parallel if job.task.name == LAYOUT else Layout()
     with (
         joined_world(rank=rank, ranks=job.task.ranks, rendezvous=rendezvous, device="cpu"),
         process_groups(layout, proof.seed),
     ):
         if job.task.name == REFERENCE:
-            run_reference(proof, folder / REFERENCE)
+            tasks.run_reference(proof, folder / REFERENCE)
         elif job.task.name == LAYOUT:
-            run_layout(proof, folder / REFERENCE, folder)
+            tasks.run_layout(proof, folder / REFERENCE, folder)
         else:
-            resume_at_one_rank(proof, folder / REFERENCE, folder)
+            tasks.resume_at_one_rank(proof, folder / REFERENCE, folder)

@@ -124,7 +124,7 @@ def run_reference(proof: Proof, folder: Path) -> None:
     fill(engine.chunks, proof.model, proof.vocabulary, proof.seed)
     for step in range(proof.steps + 1):
         if step == proof.steps:
-            _export(engine, folder / "hf")
+            write_folder(engine, folder / "hf")
         totals = engine.backward(_batches(plain, samples, step))
         gradients = whole_values(engine, gradient_value)
         result = engine.update(totals, proof.optimizer.learning_rate)
@@ -155,11 +155,11 @@ def run_layout(proof: Proof, reference: Path, folder: Path) -> None:
     consumed = proof.steps * proof.batch.global_
     state = TrainingState(step=proof.steps, consumed_samples=consumed)
     Checkpoints(folder / "checkpoints", keep=1).save(engine, state)
-    _export(engine, folder / "hf")
+    write_folder(engine, folder / "hf")
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [asdict(difference) for difference in found])
     if dist.get_rank() == 0:
-        export_found = _exports_apart(reference / "hf", folder / "hf", proof.steps)
+        export_found = exports_apart(reference / "hf", folder / "hf", proof.steps)
         answer = {
             "curves": curves,
             "differences": [difference for part in everyone for difference in part],
@@ -189,14 +189,15 @@ def _compared(engine: MegatronEngine, reference: Path, step: int, what: str) -> 
     return differences(engine, expected, value, step, what)
 
 
-def _export(engine: MegatronEngine, folder: Path) -> None:
+def write_folder(engine: MegatronEngine, folder: Path) -> None:
+    """Writes a model as a Hugging Face folder; collective."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
     export(engine.chunks, engine.architecture, engine.vocabulary, folder)
 
 
-def _exports_apart(expected: Path, folder: Path, step: int) -> list[Difference]:
+def exports_apart(expected: Path, folder: Path, step: int) -> list[Difference]:
     """Two Hugging Face folders, tensor by tensor; one that is missing is infinitely far."""
     ours, theirs = _whole_folder(folder), _whole_folder(expected)
     found = []

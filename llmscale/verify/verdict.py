@@ -11,6 +11,8 @@ PARAMETER = 1e-5
 """Absolute, after some AdamW steps of 1e-3."""
 GRADIENT, GRADIENT_FLOOR = 1e-4, 2e-6
 """Of a tensor's largest gradient, and of the largest one of all tensors."""
+FIGURE = 1e-5
+"""Absolute: of what is told of learning from rewards, in nats or in spreads of a score."""
 LOW_PRECISION_LOSS, LOW_PRECISION_NORM = 1e-2, 5e-2
 """Relative; bf16 has 8 bits."""
 
@@ -32,8 +34,9 @@ class Check:
         return self.worst <= self.allowed
 
 
+FIGURE_NAMES = {"kl": "KL to the reference", "update_kl": "KL of an update"}
 Curve = Sequence[Mapping[str, float]]
-"""Tokens, loss and gradient norm of each step."""
+"""Tokens, loss and gradient norm of each step, or the figures of each iteration."""
 
 
 def curve_checks(ours: Curve, reference: Curve, first: int = 1) -> list[Check]:
@@ -43,6 +46,17 @@ def curve_checks(ours: Curve, reference: Curve, first: int = 1) -> list[Check]:
         _curve_check("loss", "loss", ours, reference, LOSS, first),
         _curve_check("gradient norm", "gradient_norm", ours, reference, GRADIENT_NORM, first),
     ]
+
+
+def figure_checks(ours: Curve, reference: Curve, first: int = 1) -> list[Check]:
+    """What was told of each iteration of learning from rewards, from ``first`` on."""
+    found = []
+    for key in reference[0]:
+        relative = key == "gradient_norm"
+        allowed = GRADIENT_NORM if relative else FIGURE
+        name = FIGURE_NAMES.get(key, key.replace("_", " "))
+        found.append(_curve_check(name, key, ours, reference, allowed, first, relative))
+    return found
 
 
 def low_precision_checks(ours: Curve, reference: Curve) -> list[Check]:
@@ -55,10 +69,17 @@ def low_precision_checks(ours: Curve, reference: Curve) -> list[Check]:
 
 
 def _curve_check(
-    name: str, key: str, ours: Curve, reference: Curve, allowed: float, first: int
+    name: str,
+    key: str,
+    ours: Curve,
+    reference: Curve,
+    allowed: float,
+    first: int,
+    relative: bool = True,
 ) -> Check:
     apart = [
-        _relative(mine[key], theirs[key]) for mine, theirs in zip(ours, reference, strict=True)
+        _apart(mine[key], theirs[key], relative)
+        for mine, theirs in zip(ours, reference, strict=True)
     ]
     wrong = next((step for step, value in enumerate(apart) if value > allowed), None)
     if wrong is None:
@@ -66,10 +87,10 @@ def _curve_check(
     return Check(name, max(apart), allowed, f"from step {wrong + first} on", wrong + first)
 
 
-def _relative(ours: float | None, reference: float | None) -> float:
+def _apart(ours: float | None, reference: float | None, relative: bool) -> float:
     if ours is None or reference is None or not math.isfinite(ours + reference):
         return math.inf
-    return abs(ours - reference) / max(abs(reference), 1e-30)
+    return abs(ours - reference) / (max(abs(reference), 1e-30) if relative else 1.0)
 
 
 def tensor_check(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.called import llmscale
-from tests.conftest import PRETRAINING, QUICKSTART, ROOT
+from tests.conftest import PRETRAINING, QUICKSTART, RLHF_LLAMA3, ROOT
 
 
 @pytest.mark.ranks
@@ -21,6 +21,18 @@ def test_every_shipped_recipe_verifies(recipe: Path) -> None:
     checks = {check["name"] for proof in answer["proofs"] for check in proof["checks"]}
     assert {"loss", "gradient norm", "gradients", "parameters", "tokens counted"} <= checks
     assert {"checkpoint at one rank", "Hugging Face export"} <= checks
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_the_shipped_recipe_of_learning_from_rewards_verifies() -> None:
+    done = llmscale("verify", RLHF_LLAMA3, "--steps", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    (proof,) = json.loads(done.stdout)["proofs"]
+    assert proof["stage"] == "ppo" and proof["ranks"] == 4 and proof["agrees"]
+    checks = {check["name"] for check in proof["checks"]}
+    assert {"loss", "value loss", "gradient norm", "KL to the reference", "entropy"} <= checks
+    assert {"policy's parameters", "critic's parameters", "checkpoint at one rank"} <= checks
 
 
 @pytest.mark.ranks
@@ -85,9 +97,23 @@ def test_a_recipe_without_training_is_refused(tmp_path: Path) -> None:
     done = llmscale("verify", recipe)
     assert done.returncode == 2
     assert done.stderr == (
-        "x: no stage of kind pretrain has engine megatron, whose layouts are what is proven; add "
-        "one\n"
+        "x: no stage of kind pretrain or ppo has engine megatron, whose layouts are what is "
+        "proven; add one\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--exact-rank", 0], "--exact-rank builds what stages of kind pretrain train"),
+        (["stages.ppo.adapter={method: lora}"], "stages.ppo.adapter: layouts are proven of whole"),
+    ],
+)
+def test_what_cannot_be_proven_of_a_policy_is_told_in_one_line(arguments: list, says: str) -> None:
+    done = llmscale("verify", RLHF_LLAMA3, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
