@@ -179,9 +179,10 @@ def _run_folder(place: str, recipe: Recipe) -> RunFolder:
 
 def _warn_of_memory(recipe: Recipe) -> None:
     """Says where a layout will not fit, on standard error; the plan may be wrong, so it runs."""
+    from llmscale.learning_plans import learning_warnings
     from llmscale.plans import memory_warnings
 
-    for line in memory_warnings(recipe):
+    for line in [*memory_warnings(recipe), *learning_warnings(recipe)]:
         Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from llmscale.artifacts import write_text
 from llmscale.errors import RecipeError
-from llmscale.plan_display import show_errors, show_plan, show_reasons
+from llmscale.learning_plans import plain_learning, plan_learning
+from llmscale.plan_display import show_errors, show_learning, show_plan, show_reasons
 from llmscale.planning.calibration import (
     calibrate,
     calibration_file,
@@ -69,18 +70,22 @@ def plan(
     loaded = load_recipe(recipe, overrides)
     device = find_device(gpu) if gpu is not None else device_of(loaded)
     constants = constants_of(device, calibration)
-    plans = plan_recipe(loaded, device, gpus or loaded.cluster.ranks, constants)
+    ranks = gpus or loaded.cluster.ranks
+    plans = plan_recipe(loaded, device, ranks, constants)
+    learned = plan_learning(loaded, device, ranks, constants)
     for stage in plans.values():
         show_plan(console, stage, price)
         if why:
             show_reasons(console, _explained(stage, constants), stage.found)
+    for learning in learned.values():
+        show_learning(console, learning, price)
     answer = {
         name: _plain(stage, price, constants if why else None) for name, stage in plans.items()
-    }
+    } | {name: plain_learning(learning) for name, learning in learned.items()}
     if write is not None:
         write_text(write, _with_best_layouts(loaded, plans).to_yaml())
         console.print(f"wrote {write}", markup=False)
-    return {"gpu": device.name, "gpus": gpus or loaded.cluster.ranks, "stages": answer}
+    return {"gpu": device.name, "gpus": ranks, "stages": answer}
 
 
 def _explained(stage: StagePlan, constants: Constants) -> list[Any]:
@@ -109,6 +114,11 @@ def _with_best_layouts(recipe: Recipe, plans: dict[str, StagePlan]) -> Recipe:
     Raises:
         RecipeError: if a stage has none.
     """
+    if not plans:
+        raise RecipeError(
+            "--write: no other layouts are searched for a stage of kind ppo; write its parallel by "
+            "hand"
+        )
     stages = dict(recipe.stages)
     ranks = set()
     for name, stage in planned_stages(recipe).items():
@@ -181,7 +191,7 @@ def calibrate_by_run(
     """
     loaded = load_recipe(recipe, overrides)
     stages = planned_stages(loaded)
-    if len(stages) > 1:
+    if len(stages) != 1:
         raise RecipeError(
             f"{recipe}: has {len(stages)} stages that train; calibrate by a recipe with one"
         )

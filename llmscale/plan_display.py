@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from llmscale.learning_plans import LearningPlan
 from llmscale.planning.explain import Reason
 from llmscale.planning.forecast import Forecast, layout
 from llmscale.planning.hardware import GIBIBYTE
@@ -14,6 +15,7 @@ from llmscale.planning.validate import Errors
 from llmscale.plans import StagePlan
 
 MOST_CAUSES = 12
+_VERDICTS = {"fits": "yes", "tight": "tight", "does not fit": "NO"}
 ERROR_COLUMNS = (
     "source",
     "rows",
@@ -55,6 +57,40 @@ def show_plan(console: Console, stage: StagePlan, price: float | None) -> None:
         console.print(f"{stage.found.tried:,} layouts fit; times are predictions, docs/planning.md")
 
 
+def show_learning(console: Console, plan: LearningPlan, price: float | None) -> None:
+    """Prints what the roles of a stage need, and how long the parts of an iteration take."""
+    if plan.setup is None or plan.memory is None or plan.seconds is None:
+        console.print(f"{plan.name}: the recipe's layout: {plan.why_not}", markup=False)
+        return
+    policy, need, seconds = plan.setup.policy, plan.memory, plan.seconds
+    device = f"{policy.gpus:,} x {policy.device.name}"
+    title = f"{plan.name}: a policy of {plan.parameters:,} parameters on {device}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("recipe", justify="right", no_wrap=True)
+    rows = [(name, _degree(value)) for name, value in layout(policy).items()]
+    rows += [("memory, GiB", f"{need.total / GIBIBYTE:.1f}")]
+    rows += [(f"  {name}", _part(size / GIBIBYTE, 1)) for name, size in vars(need).items()]
+    headroom = policy.device.memory_bytes - need.total
+    rows += [
+        ("  headroom", f"{headroom / GIBIBYTE:.1f}"),
+        ("fits", _VERDICTS[str(plan.verdict)]),
+        (f"iteration of {plan.setup.samples:,} answers, s", f"{seconds.total:.4g}"),
+    ]
+    rows += [(f"  {name}", _part(part, 3)) for name, part in vars(seconds).items()]
+    rows += [("iterations an hour", f"{3600 / seconds.total:,.1f}")]
+    if price is not None:
+        cost = seconds.total / 3600 * policy.gpus * price
+        rows += [("cost of 1,000 iterations", f"{1000 * cost:,.0f}")]
+    for name, value in rows:
+        if value:
+            table.add_row(name, value)
+    console.print(table)
+    if plan.called:
+        names = ", ".join(plan.called)
+        console.print(f"without the time of rewards.{names}, which are no models", markup=False)
+
+
 def _rows(found: Forecast, tokens: int | None, price: float | None) -> list[tuple[str, str]]:
     """Names and values of a forecast's column."""
     memory, step = found.memory, found.step
@@ -63,7 +99,7 @@ def _rows(found: Forecast, tokens: int | None, price: float | None) -> list[tupl
     rows += [(f"  {name}", _part(size / GIBIBYTE, 1)) for name, size in vars(memory).items()]
     rows += [
         ("  headroom", f"{found.headroom / GIBIBYTE:.1f}"),
-        ("fits", {"fits": "yes", "tight": "tight", "does not fit": "NO"}[found.verdict]),
+        ("fits", _VERDICTS[found.verdict]),
         ("step, s", f"{step.total:.4g}"),
     ]
     rows += [(f"  {name}", _part(seconds, 3)) for name, seconds in vars(step).items()]

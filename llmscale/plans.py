@@ -16,9 +16,10 @@ from llmscale.planning.setup import Kernels, Setup, Sharding
 from llmscale.recipe.recipe import Recipe
 from llmscale.settings import choices, nearest_multiples
 from llmscale.stages.finetune import Finetune
+from llmscale.stages.ppo import Ppo
 from llmscale.stages.pretrain import Pretrain
 from llmscale.stages.trained import TrainedStage
-from llmscale.stages.tuned import vocabulary_of
+from llmscale.stages.tuned import TunedStage, vocabulary_of
 
 CHIPS = ("GB300", "GB200", "B300", "B200", "H200", *DEFAULT_SIZES)
 """As clusters, features and recipes name GPUs."""
@@ -70,20 +71,20 @@ def constants_of(device: Device, calibration: str | None) -> Constants:
 
 
 def planned_stages(recipe: Recipe) -> dict[str, TrainedStage]:
-    """The stages that train all of a model's weights.
+    """The stages that train all of a model's weights by data alone.
 
     Raises:
-        RecipeError: if there is none.
+        RecipeError: if there is none, nor one that learns from rewards.
     """
     found: dict[str, TrainedStage] = {
         name: stage
         for name, stage in recipe.stages.items()
         if isinstance(stage, Pretrain | Finetune) and getattr(stage, "adapter", None) is None
     }
-    if not found:
+    if not found and not any(isinstance(stage, Ppo) for stage in recipe.stages.values()):
         raise RecipeError(
             f"{recipe.name}: no stage trains all of a model's weights, which is what is planned; "
-            "add one of kind pretrain or finetune"
+            "add one of kind pretrain, finetune or ppo"
         )
     return found
 
@@ -97,7 +98,7 @@ def _plan_stage(
     constants: Constants,
 ) -> StagePlan:
     setup = setup_of(recipe, stage, device.shared(gpus))
-    why_not = _misfit(stage, gpus)
+    why_not = misfit(stage, gpus)
     found = Search()
     if stage.engine == "megatron" and device.generation != "cpu":
         found = search(replace(setup, gpus=gpus), constants)
@@ -111,7 +112,7 @@ def _plan_stage(
     )
 
 
-def _misfit(stage: TrainedStage, gpus: int) -> str:
+def misfit(stage: TrainedStage, gpus: int) -> str:
     """Why a recipe's layout cannot run on so many GPUs; empty if it can."""
     layout = stage.parallel
     if gpus % layout.model_ranks:
@@ -182,7 +183,7 @@ def _optimizer_bytes(stage: TrainedStage) -> float:
 def _architecture(recipe: Recipe, stage: TrainedStage) -> Architecture:
     if isinstance(stage, Pretrain):
         return stage.architecture()
-    assert isinstance(stage, Finetune)
+    assert isinstance(stage, TunedStage)
     return stage.architecture(recipe.stages)
 
 
@@ -246,15 +247,20 @@ def _chip_in(text: str) -> str | None:
     return chip
 
 
-def memory_warnings(recipe: Recipe) -> list[str]:
-    """A line for each stage whose layout does not fit the GPU that the recipe tells of."""
+def device_told(recipe: Recipe) -> Device | None:
+    """The GPU that a recipe for a cluster tells of, if it does."""
     cluster = recipe.cluster
     if cluster.on == "local" or cluster.device == "cpu":
-        return []
+        return None
     told = gpu_of_cluster(cluster) or _chip_in(recipe.name)
-    if told is None:
+    return None if told is None else find_device(told)
+
+
+def memory_warnings(recipe: Recipe) -> list[str]:
+    """A line for each stage whose layout does not fit the GPU that the recipe tells of."""
+    device = device_told(recipe)
+    if device is None:
         return []
-    device = find_device(told)
     try:
         stages = planned_stages(recipe)
         found = [_warning(recipe, name, stage, device) for name, stage in stages.items()]

@@ -163,6 +163,8 @@ def vocabulary_time(setup: Setup, machine: Machine) -> PassTime:
     they are read and written once.
     """
     model, t = setup.architecture, setup.tensor
+    if model.scored:
+        return PassTime()
     rows = setup.rank_tokens
     if model.family == "t5":
         rows = setup.micro_batch * setup.target_length / setup.context

@@ -6,7 +6,7 @@ heads; the model's state by Rajbhandari et al. 2020 (ZeRO), section 3.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from llmscale.planning.hardware import GIBIBYTE, Device
 from llmscale.planning.layer_time import IMBALANCE
@@ -55,7 +55,14 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.vocabulary
 
 
-def verdict(need: Memory, device: Device) -> Verdict:
+class Need(Protocol):
+    """What a rank needs, in bytes."""
+
+    @property
+    def total(self) -> float: ...
+
+
+def verdict(need: Need, device: Device) -> Verdict:
     """Whether a rank's need is within the device's memory, and by a safe margin."""
     if need.total > device.memory_bytes:
         return "does not fit"
@@ -201,6 +208,8 @@ def score_bytes(setup: Setup) -> float:
 def logit_bytes(setup: Setup) -> float:
     """Logits of one micro-batch, in fp32 for the loss, and their gradient."""
     model = setup.architecture
+    if model.scored:
+        return 0.0
     columns = model.padded_vocabulary(setup.vocabulary, setup.tensor) / setup.tensor
     return setup.rank_tokens * columns * (2 * setup.weight_bytes + 4.0)
 

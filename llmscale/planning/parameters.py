@@ -56,9 +56,14 @@ def rank_parameters(setup: Setup, stage: int) -> StageParameters:
 
 
 def _table_parameters(setup: Setup, stage: int) -> int:
-    """Of the embedding, learned positions and the output layer, where a stage has them."""
+    """Of the embedding, learned positions and the output layer, where a stage has them.
+
+    A model that scores texts has a head in place of that layer, of a few thousand parameters.
+    """
     model, last = setup.architecture, setup.pipeline - 1
     tables = 1 if last == 0 and model.tied else (stage == 0) + (stage == last)
+    if model.scored:
+        tables = int(stage == 0)
     found = tables * model.padded_vocabulary(setup.vocabulary, setup.tensor) * model.hidden_size
     if stage == 0 and model.traits.positions == "learned":
         found += model.sequence_length * model.hidden_size
