@@ -18,7 +18,7 @@ VOCABULARY = SPECIAL + LETTERS
 WANTED = "e"
 
 
-def letters_model(folder: Path, heads: int = 4) -> Path:
+def letters_model(folder: Path, heads: int = 4, seed: int = 11) -> Path:
     """Writes a Llama of two layers with random weights, whose tokens are letters."""
     vocabulary = {token: number for number, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -31,7 +31,7 @@ def letters_model(folder: Path, heads: int = 4) -> Path:
         bos_token="<s>",
         eos_token="</s>",
     )
-    torch.manual_seed(11)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=64,
@@ -62,9 +62,9 @@ def share(prompts, responses):
 '''
 
 
-def letters_home(folder: Path, ranks: int = 1, **stage: Any) -> Path:
+def letters_home(folder: Path, ranks: int = 1, seed: int = 1, **stage: Any) -> Path:
     """A folder with a model, prompts, a reward, and a recipe of one stage, ``ppo``."""
-    letters_model(folder / "base")
+    letters_model(folder / "base", seed=10 + seed)
     prompts = [{"prompt": f"{one} {other}"} for one in LETTERS[:8] for other in LETTERS[8:16]]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     (folder / "rewards.py").write_text(REWARDS)
@@ -89,7 +89,7 @@ def letters_home(folder: Path, ranks: int = 1, **stage: Any) -> Path:
     }
     recipe = {
         "name": "letters",
-        "seed": 1,
+        "seed": seed,
         "cluster": {"on": "local", "ranks_per_node": ranks, "device": "cpu"},
         "stages": {"ppo": settings},
     }
