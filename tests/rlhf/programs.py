@@ -163,3 +163,29 @@ def scored(job: Job, rank: int, rendezvous: str) -> None:
             except StageError as error:
                 told.append(str(error))
     answer(job, rank, told)
+
+
+def learn_while_weighed(job: Job, rank: int, rendezvous: str) -> None:
+    """A whole stage; tells the process's resident memory after each iteration, in bytes."""
+    import psutil
+
+    from llmscale.stages import train_rank
+    from llmscale.stages.ppo_training import learn_from_rewards
+    from llmscale.stages.prompts import make_prompts
+    from llmscale.training.log import TrainingLog
+
+    weights: list[int] = []
+
+    class WeighingLog(TrainingLog):
+        def step(self, *arguments: Any, **values: Any) -> None:
+            super().step(*arguments, **values)
+            weights.append(psutil.Process().memory_info().rss)
+
+    train_rank.TrainingLog = WeighingLog  # type: ignore[misc]
+    try:
+        stage, workspace = ppo_workspace(Path(settings(job)["recipe"]), job, rank, rendezvous)
+        make_prompts(stage, workspace)
+        learn_from_rewards(stage, workspace)
+    finally:
+        train_rank.TrainingLog = TrainingLog  # type: ignore[misc]
+    answer(job, rank, weights)
