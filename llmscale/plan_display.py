@@ -15,7 +15,7 @@ from llmscale.planning.validate import Errors
 from llmscale.plans import StagePlan
 
 MOST_CAUSES = 12
-_VERDICTS = {"fits": "yes", "tight": "tight", "does not fit": "NO"}
+VERDICTS = {"fits": "yes", "tight": "tight", "does not fit": "NO"}
 ERROR_COLUMNS = (
     "source",
     "rows",
@@ -58,33 +58,38 @@ def show_plan(console: Console, stage: StagePlan, price: float | None) -> None:
 
 
 def show_learning(console: Console, plan: LearningPlan, price: float | None) -> None:
-    """Prints what the roles of a stage need, and how long the parts of an iteration take."""
-    if plan.setup is None or plan.memory is None or plan.seconds is None:
+    """Prints what the roles of a stage need, a column a group, and an iteration's parts."""
+    if plan.setup is None or plan.seconds is None:
         console.print(f"{plan.name}: the recipe's layout: {plan.why_not}", markup=False)
         return
-    policy, need, seconds = plan.setup.policy, plan.memory, plan.seconds
-    device = f"{policy.gpus:,} x {policy.device.name}"
+    policy, seconds, groups = plan.setup.policy, plan.seconds, plan.setup.groups
+    ranks = sum(group.ranks for group in groups.values())
+    device = f"{ranks:,} x {policy.device.name}"
     title = f"{plan.name}: a policy of {plan.parameters:,} parameters on {device}"
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    table.add_column("recipe", justify="right", no_wrap=True)
-    rows = [(name, _degree(value)) for name, value in layout(policy).items()]
-    rows += [("memory, GiB", f"{need.total / GIBIBYTE:.1f}")]
-    rows += [(f"  {name}", _part(size / GIBIBYTE, 1)) for name, size in vars(need).items()]
-    headroom = policy.device.memory_bytes - need.total
+    for name in groups:
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [(key, [_degree(value)]) for key, value in layout(policy).items()]
+    rows += [("GPUs", [f"{group.ranks:,}" for group in groups.values()])]
+    needs = list(plan.memory.values())
+    rows += [("memory, GiB", [f"{need.total / GIBIBYTE:.1f}" for need in needs])]
+    for part in vars(needs[0]):
+        rows += [(f"  {part}", [_part(getattr(need, part) / GIBIBYTE, 1) for need in needs])]
+    left = [(policy.device.memory_bytes - need.total) / GIBIBYTE for need in needs]
     rows += [
-        ("  headroom", f"{headroom / GIBIBYTE:.1f}"),
-        ("fits", _VERDICTS[str(plan.verdict)]),
-        (f"iteration of {plan.setup.samples:,} answers, s", f"{seconds.total:.4g}"),
+        ("  headroom", [f"{each:.1f}" for each in left]),
+        ("fits", [VERDICTS[str(plan.verdict(name))] for name in groups]),
+        (f"iteration of {plan.setup.samples:,} answers, s", [f"{seconds.total:.4g}"]),
     ]
-    rows += [(f"  {name}", _part(part, 3)) for name, part in vars(seconds).items()]
-    rows += [("iterations an hour", f"{3600 / seconds.total:,.1f}")]
+    rows += [(f"  {name}", [_part(part, 3)]) for name, part in vars(seconds).items()]
+    rows += [("iterations an hour", [f"{3600 / seconds.total:,.1f}"])]
     if price is not None:
-        cost = seconds.total / 3600 * policy.gpus * price
-        rows += [("cost of 1,000 iterations", f"{1000 * cost:,.0f}")]
-    for name, value in rows:
-        if value:
-            table.add_row(name, value)
+        cost = 1000 * seconds.total / 3600 * ranks * price
+        rows += [("cost of 1,000 iterations", [f"{cost:,.0f}"])]
+    for name, values in rows:
+        if any(values):
+            table.add_row(name, *values)
     console.print(table)
     if plan.called:
         names = ", ".join(plan.called)
@@ -99,7 +104,7 @@ def _rows(found: Forecast, tokens: int | None, price: float | None) -> list[tupl
     rows += [(f"  {name}", _part(size / GIBIBYTE, 1)) for name, size in vars(memory).items()]
     rows += [
         ("  headroom", f"{found.headroom / GIBIBYTE:.1f}"),
-        ("fits", _VERDICTS[found.verdict]),
+        ("fits", VERDICTS[found.verdict]),
         ("step, s", f"{step.total:.4g}"),
     ]
     rows += [(f"  {name}", _part(seconds, 3)) for name, seconds in vars(step).items()]

@@ -1,18 +1,19 @@
 """Learning from rewards as the planner sees it: memory by role, and the parts of an iteration.
 
-Every rank holds its part of policy, critic and reference at the stage's layout, and a whole copy of
-the policy that answers and of each reward model. What is only there for a while, activations and
-the copy's keys and values, is counted once: by the part of an iteration that needs most.
+A rank holds what its group plays: its part of policy, critic and reference at their layouts, and
+a whole copy of the policy that answers and of each reward model. What is only there for a while,
+activations and the copy's keys and values, is counted once: by the part that needs most.
 All rows are taken as long as they may be, and all answers as well.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
 from llmscale.planning.communication import Group, Network
 from llmscale.planning.constants import Constants
 from llmscale.planning.kernels import Machine
-from llmscale.planning.memory import CONTEXT_BYTES, PROCESS_BYTES, Memory, memory
+from llmscale.planning.memory import CONTEXT_BYTES, PROCESS_BYTES, memory
 from llmscale.planning.parameters import most_parameters
 from llmscale.planning.setup import Setup
 from llmscale.planning.step_time import micro_batch_time, step_time
@@ -25,28 +26,44 @@ FP32_LOGITS = 4
 
 
 @dataclass(frozen=True)
+class RoleGroup:
+    """Ranks that play roles beside learning.
+
+    Attributes:
+        answers: whether they have copies of the policy that answer.
+        reference: the reference at their layout, if they have it.
+        scorers: reward models, each whole on one device.
+    """
+
+    ranks: int
+    answers: bool
+    reference: Setup | None
+    scorers: tuple[Setup, ...]
+
+
+@dataclass(frozen=True)
 class LearningSetup:
     """An iteration of learning from rewards.
 
     Attributes:
         policy: its training at the layout; ``global_batch`` is of an update.
         critic: the same of a critic, if there is one.
-        reference: whether there is one.
-        scorers: reward models, each whole on one device.
+        groups: by name; the first one's ranks learn, too.
         samples: answers an iteration.
         answer_tokens: tokens that an answer has at most.
         rollout_batch: answers that a rank generates at a time.
         passes: over an iteration's answers.
+        ahead: whether the next answers are begun before an update.
     """
 
     policy: Setup
     critic: Setup | None
-    reference: bool
-    scorers: tuple[Setup, ...]
+    groups: Mapping[str, RoleGroup]
     samples: int
     answer_tokens: int
     rollout_batch: int
     passes: int
+    ahead: bool = False
 
     @property
     def trained(self) -> list[Setup]:
@@ -54,14 +71,18 @@ class LearningSetup:
         return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     @property
-    def rank_samples(self) -> float:
-        """Answers that a rank generates and scores in an iteration."""
-        return max(1.0, self.samples / self.policy.gpus)
+    def answering(self) -> RoleGroup:
+        """The group that answers."""
+        return next(group for group in self.groups.values() if group.answers)
 
     @property
     def generated(self) -> float:
         """Answers that a rank generates at a time."""
-        return min(self.rank_samples, self.rollout_batch)
+        return min(self.rank_samples(self.answering), self.rollout_batch)
+
+    def rank_samples(self, group: RoleGroup) -> float:
+        """Answers that a rank of a group generates or scores in an iteration."""
+        return max(1.0, self.samples / group.ranks)
 
 
 @dataclass(frozen=True)
@@ -101,19 +122,29 @@ class IterationTime:
         return sum(vars(self).values())
 
 
-def learning_memory(setup: LearningSetup) -> RoleMemory:
-    """What a rank of the fullest pipeline stage holds."""
-    needs = [memory(each) for each in setup.trained]
+def learning_memory(setup: LearningSetup) -> dict[str, RoleMemory]:
+    """What a rank of each group's fullest pipeline stage holds, by group."""
+    return {
+        name: _group_memory(setup, group, learns=number == 0)
+        for number, (name, group) in enumerate(setup.groups.items())
+    }
+
+
+def _group_memory(setup: LearningSetup, group: RoleGroup, learns: bool) -> RoleMemory:
     policy = setup.policy
-    on_cpu = policy.device.generation == "cpu"
+    needs = [memory(each) for each in setup.trained] if learns else []
+    buffers = PROCESS_BYTES if policy.device.generation == "cpu" else CONTEXT_BYTES
+    working = [need.activations + need.logits for need in needs]
+    if group.answers:
+        working.append(generation_bytes(setup))
     return RoleMemory(
-        policy=needs[0].state,
-        critic=needs[1].state if setup.critic is not None else 0.0,
-        reference=_weight_bytes(policy) if setup.reference else 0.0,
-        rollout=whole_bytes(policy),
-        rewards=sum(map(whole_bytes, setup.scorers)),
-        working=max(generation_bytes(setup), *map(_training_bytes, needs)),
-        buffers=PROCESS_BYTES if on_cpu else CONTEXT_BYTES + _channel_bytes(needs),
+        policy=needs[0].state if learns else 0.0,
+        critic=needs[1].state if learns and setup.critic is not None else 0.0,
+        reference=0.0 if group.reference is None else _weight_bytes(group.reference),
+        rollout=whole_bytes(policy) if group.answers else 0.0,
+        rewards=sum(map(whole_bytes, group.scorers)),
+        working=max(working, default=0.0),
+        buffers=max([buffers, *(need.buffers for need in needs)]),
     )
 
 
@@ -134,19 +165,23 @@ def generation_bytes(setup: LearningSetup) -> float:
 
 
 def iteration_time(setup: LearningSetup, constants: Constants) -> IterationTime:
-    """Predicts the parts of an iteration."""
+    """Predicts the parts of an iteration; of a rollout ahead, what an update does not hide."""
     updates = setup.passes * setup.samples / setup.policy.global_batch
-    asked = [*setup.trained, *([setup.policy] if setup.reference else [])]
-    whole = [replace(each, global_batch=setup.samples) for each in asked]
+    update = updates * sum(step_time(each, constants).total for each in setup.trained)
+    rollout = rollout_seconds(setup, constants)
+    asked, score = list(setup.trained), 0.0
+    for group in setup.groups.values():
+        asked += [] if group.reference is None else [group.reference]
+        each = ceil(setup.rank_samples(group))
+        scorers = (replace(scorer, global_batch=each) for scorer in group.scorers)
+        score += sum(forward_seconds(scorer, constants) for scorer in scorers)
+    whole = (replace(each, global_batch=setup.samples) for each in asked)
     return IterationTime(
-        rollout=rollout_seconds(setup, constants),
-        score=sum(
-            forward_seconds(replace(each, global_batch=ceil(setup.rank_samples)), constants)
-            for each in setup.scorers
-        ),
+        rollout=max(0.0, rollout - update) if setup.ahead else rollout,
+        score=score,
         examine=sum(forward_seconds(each, constants) for each in whole),
-        update=updates * sum(step_time(each, constants).total for each in setup.trained),
-        synchronize=synchronize_seconds(setup.policy, constants),
+        update=update,
+        synchronize=synchronize_seconds(setup, constants),
     )
 
 
@@ -166,7 +201,7 @@ def rollout_seconds(setup: LearningSetup, constants: Constants) -> float:
     flops = 2.0 * model.parameters(policy.vocabulary) * setup.generated
     python = 0.0 if policy.device.generation == "cpu" else EAGER_LAYER_SECONDS * model.layers
     token = max(moved, flops / machine.rate(policy.number), python)
-    batches = setup.rank_samples / setup.generated
+    batches = setup.rank_samples(setup.answering) / setup.generated
     return batches * (forward_seconds(reading, constants) + setup.answer_tokens * token)
 
 
@@ -178,12 +213,20 @@ def forward_seconds(setup: Setup, constants: Constants) -> float:
     return (setup.micro_batches + setup.pipeline - 1) * stage
 
 
-def synchronize_seconds(setup: Setup, constants: Constants) -> float:
-    """Of the policy's whole weights on their way to every rank's copy."""
-    network = Network(setup.device, constants)
-    weights = whole_bytes(setup)
-    stages = Group(setup.pipeline, setup.gpus // setup.pipeline)
-    return network.gather(weights, Group(setup.tensor)) + network.gather(weights, stages)
+def synchronize_seconds(setup: LearningSetup, constants: Constants) -> float:
+    """Of the policy's whole weights on their way to every copy that answers.
+
+    They are made whole in each copy of the policy; from there one message goes to another group,
+    and around in it.
+    """
+    policy = setup.policy
+    network, weights = Network(policy.device, constants), whole_bytes(policy)
+    stages = Group(policy.pipeline, policy.gpus // policy.pipeline)
+    seconds = network.gather(weights, Group(policy.tensor)) + network.gather(weights, stages)
+    if setup.answering is next(iter(setup.groups.values())):
+        return seconds
+    beyond = network.send(weights, policy.device.domain)
+    return seconds + beyond + network.gather(weights, Group(setup.answering.ranks))
 
 
 def alone(setup: Setup) -> Setup:
@@ -207,12 +250,3 @@ def alone(setup: Setup) -> Setup:
 
 def _weight_bytes(setup: Setup) -> float:
     return setup.weight_bytes * most_parameters(setup).total
-
-
-def _training_bytes(need: Memory) -> float:
-    return need.activations + need.logits
-
-
-def _channel_bytes(needs: list[Memory]) -> float:
-    """Of the roles that learn: what is no CUDA context, which they share."""
-    return max(need.buffers for need in needs) - CONTEXT_BYTES

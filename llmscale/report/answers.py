@@ -68,7 +68,9 @@ def held_out_answers(file: Path) -> list[ShownPrompt]:
 
 def extreme_answers(file: Path) -> list[ShownPrompt]:
     """Of the last iteration whose answers were noted, those worth most, then those worth least."""
-    step, best, worst = -1, [], []
+    step = -1
+    best: list[Line] = []
+    worst: list[Line] = []
     for line in _lines(file):
         if line["step"] != step:
             step, best, worst = line["step"], [], []

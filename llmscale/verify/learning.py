@@ -21,7 +21,7 @@ from llmscale.models.huggingface import fill
 from llmscale.rlhf.answers import Answer
 from llmscale.rlhf.examine import examined
 from llmscale.rlhf.lesson import Lesson
-from llmscale.rlhf.roles import Roles
+from llmscale.rlhf.roles import OwnReference, Roles
 from llmscale.rlhf.scoring import Scores
 from llmscale.rlhf.updates import updated
 from llmscale.training.checkpoint import Checkpoints, TrainingState
@@ -114,7 +114,8 @@ def _roles(proof: Proof) -> Roles:
         valued = RewardArchitecture.upon(model, ("value",))
         critic = _engine(proof, valued, optimizer, CRITIC_SEED)
     if own.kl.wanted:
-        reference = _engine(proof, model, proof.optimizer, REFERENCE_SEED, frozen=True)
+        frozen = _engine(proof, model, proof.optimizer, REFERENCE_SEED, frozen=True)
+        reference = OwnReference(frozen)
     nobody: Any = None
     return Roles(policy=policy, critic=critic, reference=reference, rollout=nobody, scorers=nobody)
 

@@ -85,15 +85,16 @@ def proofs(stage: Pretrain, cluster_ranks: int, *, steps: int, most_ranks: int) 
 
 
 def learning_proofs(
-    stage: Ppo, model: Architecture, cluster_ranks: int, *, steps: int, most_ranks: int
+    stage: Ppo, model: Architecture, ranks: int, *, steps: int, most_ranks: int
 ) -> list[Proof]:
     """The same of a stage that learns from rewards.
 
     Args:
         model: the policy's.
+        ranks: the policy's; those of other groups play roles that learn nothing.
     """
     found = []
-    for degrees in _choices(stage.parallel, cluster_ranks, most_ranks):
+    for degrees in _choices(stage.parallel, ranks, most_ranks):
         proof = _proof(stage, model, degrees, steps)
         update = {"learning": _learning(stage, proof), "optimizer": _steady(proof.optimizer)}
         found.append(proof.model_copy(update=update))

@@ -101,8 +101,9 @@ def _proofs(recipe: Recipe, stage: Pretrain | Ppo, steps: int, most_ranks: int) 
     ranks = recipe.cluster.ranks
     if isinstance(stage, Pretrain):
         return proofs(stage, ranks, steps=steps, most_ranks=most_ranks)
-    model = stage.architecture(recipe.stages)
-    return learning_proofs(stage, model, ranks, steps=steps, most_ranks=most_ranks)
+    model, policy = stage.architecture(recipe.stages), stage.layouts(ranks)[0]
+    own = policy.model_ranks * policy.data_ranks(ranks)
+    return learning_proofs(stage, model, own, steps=steps, most_ranks=most_ranks)
 
 
 def prove(stage: str, proof: Proof) -> Proven:

@@ -35,7 +35,7 @@ def llama3(*overrides: str) -> LearningSetup:
 
 
 def test_each_role_needs_what_its_weights_and_optimizer_are() -> None:
-    need = learning_memory(llama3())
+    need = learning_memory(llama3())["policy"]
     rank = PARAMETERS / 8
     assert need.policy == pytest.approx((6 + 12 / 4) * rank, rel=0.01), "bf16, distributed over 4"
     head = 128256 * 4096
@@ -54,8 +54,32 @@ def test_keys_and_values_of_llama3_8b_take_128_kib_a_token() -> None:
 def test_without_critic_and_reference_nothing_is_kept_for_them() -> None:
     groups = ("stages.ppo.algorithm=grpo", "stages.ppo.critic=null")
     rollout = "stages.ppo.rollout={prompts: 64, answers: 8, max_new_tokens: 1024}"
-    need = learning_memory(llama3(*groups, rollout, "stages.ppo.kl={coefficient: 0.0}"))
+    setup = llama3(*groups, rollout, "stages.ppo.kl={coefficient: 0.0}")
+    need = learning_memory(setup)["policy"]
     assert (need.critic, need.reference) == (0.0, 0.0)
+
+
+def test_roles_in_groups_are_kept_by_their_ranks_alone() -> None:
+    placement = (
+        "stages.ppo.placement={writers: {roles: [rollout], parallel: {data: 8}}, "
+        "judges: {roles: [reference, rewards], parallel: {tensor: 8}}}"
+    )
+    together, apart = llama3(), llama3(placement)
+    assert {name: group.ranks for name, group in apart.groups.items()} == {
+        "policy": 16,
+        "writers": 8,
+        "judges": 8,
+    }
+    whole, parts = learning_memory(together)["policy"], learning_memory(apart)
+    assert parts["writers"].rollout == whole.rollout and parts["judges"].rewards == whole.rewards
+    assert parts["judges"].reference == whole.reference
+    assert (parts["policy"].rollout, parts["policy"].reference) == (0.0, 0.0)
+    assert parts["writers"].policy == parts["judges"].critic == 0.0
+    constants = Constants()
+    before, now = iteration_time(together, constants), iteration_time(apart, constants)
+    assert now.update > 1.5 * before.update and now.synchronize > before.synchronize
+    ahead = iteration_time(replace(apart, ahead=True), constants)
+    assert ahead.rollout == pytest.approx(max(0.0, now.rollout - now.update))
 
 
 def test_generation_never_beats_the_reading_of_all_weights() -> None:
@@ -74,7 +98,8 @@ def test_an_iteration_takes_longer_with_more_passes_answers_and_roles() -> None:
     more = iteration_time(replace(setup, samples=2 * setup.samples), constants)
     assert more.rollout == pytest.approx(2 * once.rollout)
     assert more.score == pytest.approx(2 * once.score)
-    fewer = iteration_time(replace(setup, critic=None, reference=False), constants)
+    groups = {"policy": replace(setup.groups["policy"], reference=None)}
+    fewer = iteration_time(replace(setup, critic=None, groups=groups), constants)
     assert fewer.update < 0.6 * once.update and fewer.examine < 0.4 * once.examine
 
 
@@ -85,8 +110,9 @@ def test_the_command_tells_what_the_roles_need_and_what_an_iteration_takes() -> 
     own = stages["ppo"]["own"]
     assert stages["assistant"]["own"] is not None
     assert stages["ppo"]["parameters"] == PARAMETERS
-    assert own["fits"] == "fits" and own["layout"]["tensor"] == 8
-    sizes = own["memory_gib"]
+    (policy,) = own["groups"].values()
+    assert policy["fits"] == "fits" and own["layout"]["tensor"] == 8
+    sizes = policy["memory_gib"]
     assert sizes["total"] + sizes["headroom"] == pytest.approx(79.6, abs=0.01)
     assert set(own["iteration_seconds"]) == {
         *("rollout", "score", "examine", "update", "synchronize", "total")
@@ -101,6 +127,14 @@ def test_the_command_tells_what_the_roles_need_and_what_an_iteration_takes() -> 
     [
         (["--gpus", 12], "8 ranks hold a model and do not divide 12 GPUs"),
         (["stages.ppo.adapter={method: lora}"], "stages.ppo.adapter=null"),
+        (
+            [
+                "stages.ppo.placement={all: {roles: [rollout, rewards], parallel: {data: 16}}}",
+                "stages.ppo.parallel.data=2",
+                *("--gpus", 40),
+            ],
+            "the policy has 16 ranks and placement's groups 16, not 40 in all; use --gpus 32",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_one_line(overrides: list, told: str) -> None:
