@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from llmscale.errors import RecipeError
+
 Algorithm = Literal["bpe", "wordpiece", "unigram"]
 
 END_OF_TEXT = "<|endoftext|>"
@@ -84,7 +86,17 @@ def _parts(algorithm: Algorithm, size: int, special: list[str]) -> tuple[Tokeniz
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """A ``transformers`` tokenizer from a folder; no code of the folder is run."""
+    """A ``transformers`` tokenizer from a folder; no code of the folder is run.
+
+    Raises:
+        RecipeError: if there is none that can be read.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        raise RecipeError(
+            f"{folder}: no tokenizer can be read there; give a folder that has the model's "
+            "tokenizer and weights"
+        ) from None

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmscale.data.tokenizer import load_tokenizer, train_tokenizer
+from llmscale.errors import RecipeError
 
 TEXTS = ["When shall we three meet again? In thunder, lightning, or in rain?"] * 20
 
@@ -32,6 +33,13 @@ def test_a_saved_tokenizer_gives_the_same_tokens(tokenizer, tmp_path: Path) -> N
     text = "When shall we three meet in the rain?"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert again.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_folder_without_a_tokenizer_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(RecipeError, match="no tokenizer can be read there") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_wordpiece_marks_what_it_does_not_know() -> None:
