@@ -1,11 +1,12 @@
-"""The shipped recipe, made small: pretraining, reward model, PPO, and a judge beside."""
+"""The shipped recipes: one made small and run to its judge, one of real size shown and planned."""
 
 from pathlib import Path
 
 import pytest
 
 from llmscale.artifacts import read_json
-from tests.conftest import RLHF
+from tests.called import llmscale
+from tests.conftest import RLHF, RLHF_LLAMA3
 from tests.ranks import run_recipe
 
 SMALL = [
@@ -34,3 +35,17 @@ def test_the_shipped_chain_runs_from_sentences_to_a_judged_policy(tmp_path: Path
         assert -1 <= line["validation_reward_judge"] <= 1
     assert read_json(stage.manifest_file)["status"] == "finished"
     assert (stage.hf / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("placement", ["colocated", "separate"])
+def test_the_recipe_of_real_size_is_a_job_for_each_task(placement: str, tmp_path: Path) -> None:
+    where = [f"stages.ppo.placement={placement}", "stages.ppo.parallel.data=2"]
+    chosen = where if placement == "separate" else where[:1]
+    shown = llmscale("show", RLHF_LLAMA3, *chosen)
+    assert shown.returncode == 0, shown.stderr
+    done = llmscale("run", RLHF_LLAMA3, *chosen, "--dry-run", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, "all roles fit"
+    for stage in ("assistant", "reward", "ppo"):
+        assert f"--job-name=rlhf-llama3-8b-32xh100.{stage}.train" in done.stdout
+    assert "--gpus-per-node=8" in done.stdout
