@@ -8,9 +8,10 @@ from safetensors import SafetensorError
 
 import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
-from llmscale.errors import RecipeError
+from llmscale.errors import MachineError, RecipeError
 from llmscale.models.architecture import FAMILIES
 from llmscale.models.huggingface_config import SCORES_TEXTS, virtual_tokens_beside
+from llmscale.models.quantized import require_packages_of
 from llmscale.packages import require_package
 
 
@@ -29,6 +30,7 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     disable_progress_bar()
 
     try:
+        require_packages_of(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         traits = FAMILIES.get(config.model_type)
         if traits is not None and traits.objective != "causal":
@@ -41,6 +43,9 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
         tokenizer = load_tokenizer(folder)
         if virtual_tokens_beside(folder):
             model = _with_virtual_tokens(model, folder / "adapter")
+    except ImportError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise MachineError(f"{folder}: {cause}; or give the model it was quantized from") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise RecipeError(

@@ -18,6 +18,7 @@ from llmscale.data.chat import encoded_conversation, encoded_text, own_template
 from llmscale.data.conversations import Turn
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
+from llmscale.models.quantized import require_packages_of
 
 SCORES_FILE = "score_normalization.json"
 """In a reward model's folder: mean and standard deviation of each head's scores."""
@@ -40,6 +41,7 @@ class RewardModel:
     """Scores texts, whatever stands beside them in a batch.
 
     Raises:
+        MachineError: if it needs a package that is missing.
         RecipeError: if the folder holds no model that scores texts.
     """
 
@@ -55,6 +57,7 @@ class RewardModel:
                 "folder of a sequence classifier"
             )
         try:
+            require_packages_of(folder)
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
             )

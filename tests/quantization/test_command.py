@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from llmscale.artifacts import checksum
+from llmscale.quantization.quantize import quantize
+from llmscale.quantization.schemes import Quantization, SchemeName
 from llmscale.quantize_command import compare_schemes, table
 from tests.quantization.small import TEXT, small_llama
 
@@ -116,3 +118,43 @@ def test_a_comparison_sets_each_scheme_beside_the_model(model: Path) -> None:
     lines = table(rows).splitlines()
     assert lines[0].split()[:4] == ["scheme", "MB", "bits", "perplexity"]
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "module", "package"),
+    [
+        ("int8-weight", "compressed_tensors", "compressed_tensors"),
+        ("nf4", "bitsandbytes", "bitsandbytes"),
+        ("nf4", "accelerate", "accelerate"),
+    ],
+)
+def test_a_folder_whose_package_is_missing_is_one_line(
+    scheme: SchemeName,
+    module: str,
+    package: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from llmscale import packages
+    from llmscale.cli import main
+
+    quantized, prompts = tmp_path / "quantized", tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "To be"}\n')
+    quantize(model, quantized, Quantization(scheme=scheme))
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == module else True)
+    calls = [
+        ["generate", quantized, "--prompt", "To be"],
+        ["evaluate", quantized, "--text", TEXT],
+        ["quantize", quantized, "--compare", "int8-weight", "--text", TEXT],
+        ["rank", quantized, "--prompts", prompts, "--reward", model],
+    ]
+    for call in calls:
+        monkeypatch.setattr(sys, "argv", ["llmscale", *map(str, call)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        told = capsys.readouterr().err
+        mend = "pip install 'llmscale[quantization]'"
+        assert (exit_.value.code, told.count("\n")) == (3, 1), told
+        assert f"{quantized}: the package {package} is missing; {mend}" in told
