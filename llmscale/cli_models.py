@@ -152,6 +152,9 @@ def quantize(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="With zero points, in 4 bits.")
     ] = False,
+    bits: Annotated[
+        float | None, typer.Option(min=4.05, max=8, help="A weight on average, of mixed.")
+    ] = None,
     compare: Annotated[
         str | None, typer.Option(help="Schemes to compare, separated by commas.")
     ] = None,
@@ -175,9 +178,8 @@ def quantize(
             f"--{'scheme' if scheme is None else 'out'}: is missing; give --scheme and --out, or "
             "--compare and --text"
         )
-    figures = command.quantize_model(
-        model, scheme, out, calibration or [], tokens, group_size, not asymmetric
-    )
+    options = {"group_size": group_size, "symmetric": not asymmetric, "bits": bits}
+    figures = command.quantize_model(model, scheme, out, calibration or [], tokens, options)
     tell(
         as_json,
         figures,

@@ -1,7 +1,7 @@
 """llmscale quantize: a model with quantized weights, or a comparison of schemes."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -19,10 +19,12 @@ def quantize_model(
     target: Path,
     calibration: Sequence[Path],
     tokens: int,
-    group_size: int | None,
-    symmetric: bool,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Writes a folder with the model's weights quantized; run again after a kill, it goes on.
+
+    Args:
+        options: what is set of ``Quantization`` beside the scheme.
 
     Returns:
         What was made: sizes, seconds, group size.
@@ -31,7 +33,7 @@ def quantize_model(
         RecipeError: if the model, the texts or a setting do not fit.
         MachineError: if a package is missing.
     """
-    settings = Quantization(scheme=_known(scheme), group_size=group_size, symmetric=symmetric)
+    settings = Quantization(scheme=_known(scheme), **options)
     for key, wrong in settings.misplaced():
         option = "--asymmetric" if key == "symmetric" else f"--{key.replace('_', '-')}"
         raise RecipeError(f"{option}: {wrong}")

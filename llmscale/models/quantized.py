@@ -22,5 +22,5 @@ def require_packages_of(folder: Path) -> None:
     """
     config: Any = read_json(folder / "config.json") or {}
     method = (config.get("quantization_config") or {}).get("quant_method")
-    for package in PACKAGES.get(method, ()):
+    for package in PACKAGES.get(str(method), ()):
         require_package(str(folder), package, "quantization")

@@ -67,6 +67,8 @@ def quantize_block(
 ) -> BlockResult:
     """Quantizes a block by its inputs [1, s, d], a window each, in one forward pass.
 
+    Layers with one input are of one format; the recipe knows them by their names in the block.
+
     Every window's pass waits before each group of layers until they are quantized, so that the
     next layers see what these compute in the end ("true sequential").
 
@@ -86,12 +88,13 @@ def quantize_block(
         for group in groups:
             weights = {name: _weight(block, name) for name in group}
             columns = weights[group[0]].shape[1]
-            statistics = InputStatistics(columns, recipe.scheme.by_products)
+            own = recipe.of(group[0])
+            statistics = InputStatistics(columns, own.scheme.by_products)
             for one in passes:
                 statistics.add(one.go_on())
             shares_i = shares(group[0], config, columns)
             try:
-                quantized = quantize_layers(weights, recipe, statistics, shares_i)
+                quantized = quantize_layers(weights, own, statistics, shares_i)
             except NotPositiveDefinite:
                 raise RecipeError(
                     f"the inputs of {group[0]} are not finite or alike, so that GPTQ cannot use "
@@ -156,6 +159,6 @@ def _stored(
         if name.removesuffix(".weight") not in done
     }
     for name, layer in done.items():
-        own = stored_tensors(layer, recipe)
+        own = stored_tensors(layer, recipe.of(name))
         kept |= {f"{name}.{part}": tensor for part, tensor in own.items()}
     return kept

@@ -1,12 +1,12 @@
 """A Hugging Face decoder of which at most a block's weights are in memory.
 
-Shape legend: s positions, d hidden size.
+Shape legend: n windows, s positions, d hidden size, v vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +33,16 @@ def weights_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+class StoredTensors(Protocol):
+    """Tensors by name, each read when it is asked for."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
 class BlockwiseModel:
     """A causal language model from a folder, loaded a block at a time, in fp32.
 
@@ -41,7 +51,7 @@ class BlockwiseModel:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         try:
             self.config = AutoConfig.from_pretrained(
@@ -49,11 +59,8 @@ class BlockwiseModel:
             )
             if getattr(self.config, "quantization_config", None) is not None:
                 raise ValueError("its weights are quantized already; give the model they come from")
-            self.weights = HuggingFaceWeights(folder)
-            with weights_on_meta():
-                self.model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, attn_implementation="sdpa"
-                ).eval()
+            self.weights: StoredTensors = HuggingFaceWeights(folder)
+            self.model = _without_weights(self.config)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             cause = str(error).strip().splitlines()[0].removeprefix(f"{folder}: ")
             raise RecipeError(
@@ -64,6 +71,20 @@ class BlockwiseModel:
         self.prefix, self.blocks = _blocks(self.model, folder)
         self.names = [
             name for name, part in self.blocks[0].named_modules() if isinstance(part, nn.Linear)
+        ]
+
+    def untie(self) -> None:
+        """Gives the model a head of its own."""
+        self.config.tie_word_embeddings = False
+        self.model = _without_weights(self.config)
+        self.prefix, self.blocks = _blocks(self.model, self.folder)
+
+    def layers(self) -> list[str]:
+        """The full names of the blocks' linear layers."""
+        return [
+            f"{self.prefix}.{number}.{name}"
+            for number in range(len(self.blocks))
+            for name in self.names
         ]
 
     def require_linear_layers(self) -> None:
@@ -125,37 +146,75 @@ class BlockwiseModel:
 
         That is the same for all windows: positions, and the mask where there is one.
         """
-        begun = self.model.base_model
-        prefix = self.model.base_model_prefix
-        base = f"{prefix}." if hasattr(self.model, prefix) else ""
-        tensors = {
-            name: self._tensor(f"{base}{name}").float()
-            for name in begun.state_dict()
-            if not f"{base}{name}".startswith(f"{self.prefix}.")
-        }
-        begun.load_state_dict(tensors, strict=False, assign=True)
         hidden: list[Tensor] = []
         told: list[dict[str, Any]] = [{} for _ in self.blocks]
 
-        def noted(number: int) -> Any:
+        def note(number: int, inputs: Tensor, options: dict[str, Any]) -> Tensor:
+            if number == 0:
+                hidden.append(inputs)
+            told[number] = options
+            return inputs
+
+        with self._blocks_replaced(note):
+            for window_s in windows_ns:
+                self.model.base_model(input_ids=window_s[None], use_cache=False)
+        return hidden, told
+
+    def last_gradients(
+        self, windows_ns: Tensor, outputs: Sequence[Tensor], seed: int = 0
+    ) -> list[Tensor]:
+        """Gradients by the last block's outputs [1, s, d] of each window, in nats.
+
+        They are those of the negative log-likelihood, summed over a window, of next tokens that
+        are drawn from what the model itself expects.
+        """
+        random = torch.Generator().manual_seed(seed)
+        lasts = [output.detach().requires_grad_() for output in outputs]
+        waiting = iter(lasts)
+
+        def answer(number: int, inputs: Tensor, _: dict[str, Any]) -> Tensor:
+            return next(waiting) if number == len(self.blocks) - 1 else inputs
+
+        gradients: list[Tensor] = []
+        with self._blocks_replaced(answer):
+            for window_s, last in zip(windows_ns, lasts, strict=True):
+                logits_sv = self.model(input_ids=window_s[None], use_cache=False).logits[0].float()
+                drawn_s = logits_sv.detach().softmax(-1).multinomial(1, generator=random)[:, 0]
+                loss = torch.nn.functional.cross_entropy(logits_sv, drawn_s, reduction="sum")
+                gradients += torch.autograd.grad(loss, last)
+        return gradients
+
+    @contextmanager
+    def _blocks_replaced(
+        self, answer: Callable[[int, Tensor, dict[str, Any]], Tensor]
+    ) -> Iterator[None]:
+        """The model loaded but for its blocks, which give an answer instead.
+
+        Args:
+            answer: to a block's number, its inputs [1, s, d], and what else it is told.
+        """
+        tied = self.model.all_tied_weights_keys
+        tensors = {
+            name: self._tensor(name if name in self.weights else tied.get(name, name)).float()
+            for name in self.model.state_dict()
+            if not name.startswith(f"{self.prefix}.")
+        }
+        self.model.load_state_dict(tensors, strict=False, assign=True)
+
+        def answering(number: int) -> Any:
             def forward(hidden_states: Tensor, *_: Any, **options: Any) -> Tensor:
-                if number == 0:
-                    hidden.append(hidden_states)
-                told[number] = options
-                return hidden_states
+                return answer(number, hidden_states, options)
 
             return forward
 
         for number, block in enumerate(self.blocks):
-            block.forward = noted(number)
+            block.forward = answering(number)
         try:
-            for window_s in windows_ns:
-                begun(input_ids=window_s[None], use_cache=False)
+            yield
         finally:
             for block in self.blocks:
                 del block.forward
-            _drop(begun, tensors)
-        return hidden, told
+            _drop(self.model, tensors)
 
     def _tensor(self, name: str) -> Tensor:
         try:
@@ -164,6 +223,16 @@ class BlockwiseModel:
             raise RecipeError(
                 f"{self.folder}: has no tensor {name}; give a folder that was saved whole"
             ) from None
+
+
+def _without_weights(config: Any) -> Any:
+    """The model that a configuration describes."""
+    from transformers import AutoModelForCausalLM
+
+    with weights_on_meta():
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
 
 
 def _drop(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ Shape legend: n windows, s tokens in one, d hidden size.
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,11 @@ from llmscale.quantization.block import (
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.formats import quantization_config
 from llmscale.quantization.layers import Recipe
+from llmscale.quantization.mixed import wide_layers
+from llmscale.quantization.sensitivity import PASSES
 
 CALL = "call.json"
+WIDE = "wide.json"
 INPUTS = "inputs"
 LEFT_ALONE = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -53,20 +56,29 @@ def quantize_folder(
         RecipeError: if the model cannot be quantized.
     """
     beside = _begun(model.folder, target, recipe, windows_ns)
-    done = sum(1 for _ in _finished(beside, len(model.blocks)))
-    on_block(done, len(model.blocks))
+    blocks = len(model.blocks)
+    before = 0
+    if recipe.bits is not None:
+        assert windows_ns is not None, "layers are told apart by a calibration"
+        before = PASSES * blocks
+        recipe = _with_formats(
+            beside, model, recipe, windows_ns, lambda passed: on_block(passed, before + blocks)
+        )
+    done = sum(1 for _ in _finished(beside, blocks))
+    on_block(before + done, before + blocks)
     stream = None if windows_ns is None else Stream.after(beside, model, windows_ns, done)
-    for number in range(done, len(model.blocks)):
+    for number in range(done, blocks):
+        own = recipe.within(f"{model.prefix}.{number}.")
         with model.loaded(number) as block:
             if stream is None:
-                result = round_block(block, model.names, recipe)
+                result = round_block(block, model.names, own)
             else:
-                result = stream.through(block, number, model, recipe)
+                result = stream.through(block, number, model, own)
         if stream is not None:
             stream.keep(beside, number + 1, result)
         named = {f"{model.prefix}.{number}.{name}": t for name, t in result.tensors.items()}
         _save(named, beside / _shard(number))
-        on_block(number + 1, len(model.blocks))
+        on_block(before + number + 1, before + blocks)
     _finish(model, beside, target, recipe)
 
 
@@ -123,6 +135,21 @@ def _begun(source: Path, target: Path, recipe: Recipe, windows_ns: Tensor | None
     return beside
 
 
+def _with_formats(
+    beside: Path,
+    model: BlockwiseModel,
+    recipe: Recipe,
+    windows_ns: Tensor,
+    on_pass: Callable[[int], None],
+) -> Recipe:
+    """The recipe with the layers that get more bits, measured once a call."""
+    wide = read_json(beside / WIDE)
+    if wide is None:
+        wide = wide_layers(model, recipe, windows_ns, beside, on_pass)
+        write_json(beside / WIDE, wide)
+    return replace(recipe, wide=frozenset(wide))
+
+
 def _finished(beside: Path, blocks: int) -> Iterator[int]:
     for number in range(blocks):
         if not (beside / _shard(number)).exists():
@@ -168,9 +195,9 @@ def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -
     ]
     config |= {
         "dtype": str(recipe.dtype).removeprefix("torch."),
-        "quantization_config": quantization_config(recipe, outside),
+        "quantization_config": quantization_config(recipe, model.layers(), outside),
     }
     write_json(beside / "config.json", config)
-    for file in [*beside.glob(f"{INPUTS}-*"), *beside.glob("*.part"), beside / CALL]:
+    for file in [*beside.glob(f"{INPUTS}-*"), *beside.glob("*.part"), beside / CALL, beside / WIDE]:
         file.unlink(missing_ok=True)
     publish_folder(beside, target)

@@ -1,5 +1,6 @@
 """The compressed-tensors format, by the package that owns it: a layer's tensors, and the words."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +33,26 @@ def stored_tensors(layer: QuantizedLayer, recipe: Recipe) -> dict[str, Tensor]:
     }
 
 
-def quantization_config(recipe: Recipe, left_out: list[str]) -> dict[str, Any]:
-    """What ``config.json`` says of the quantization."""
+def quantization_config(recipe: Recipe, layers: list[str], left_out: list[str]) -> dict[str, Any]:
+    """What ``config.json`` says of the quantization.
+
+    Where layers differ, each is named: vLLM joins some of them into one, and would take a class's
+    format first.
+
+    Args:
+        layers: the names of those that are quantized.
+        left_out: the names of other linear layers.
+    """
+    groups = {"group_0": scheme(recipe)}
+    if recipe.wide:
+        narrow = [name for name in layers if name not in recipe.wide]
+        wide = [name for name in layers if name in recipe.wide]
+        groups = {
+            f"group_{number}": scheme(recipe.of(names[0]), names)
+            for number, names in enumerate(names for names in (narrow, wide) if names)
+        }
     config = QuantizationConfig(
-        config_groups={"group_0": scheme(recipe)},
+        config_groups=groups,
         format=_format(recipe).value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=left_out,
@@ -43,11 +60,11 @@ def quantization_config(recipe: Recipe, left_out: list[str]) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def scheme(recipe: Recipe) -> QuantizationScheme:
-    """The recipe in the package's words."""
+def scheme(recipe: Recipe, targets: Sequence[str] = ("Linear",)) -> QuantizationScheme:
+    """The recipe in the package's words, for layers by their names or classes."""
     weights, activations = recipe.scheme.weights, recipe.scheme.activations
     return QuantizationScheme(
-        targets=["Linear"],
+        targets=list(targets),
         weights=QuantizationArgs(
             num_bits=weights.bits,
             type=weights.number,

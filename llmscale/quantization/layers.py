@@ -4,7 +4,7 @@ Shape legend: o outputs (rows), i inputs (columns).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,30 @@ from llmscale.quantization.schemes import Scheme
 
 @dataclass(frozen=True)
 class Recipe:
-    """How layers are quantized: the scheme, and what it leaves open."""
+    """How layers are quantized: the scheme, and what it leaves open.
+
+    ``bits`` is what a weight takes on average where layers differ, ``wide`` the names of those in
+    the scheme's wider format.
+    """
 
     scheme: Scheme
     group_size: int | None
     dtype: torch.dtype
+    bits: float | None = None
+    wide: frozenset[str] = frozenset()
+
+    def of(self, name: str) -> "Recipe":
+        """That of one layer."""
+        if name not in self.wide:
+            return self
+        assert self.scheme.wider is not None
+        scheme = replace(self.scheme, weights=self.scheme.wider)
+        return replace(self, scheme=scheme, group_size=None, wide=frozenset())
+
+    def within(self, prefix: str) -> "Recipe":
+        """The same for layers by their names behind a prefix."""
+        names = (name for name in self.wide if name.startswith(prefix))
+        return replace(self, wide=frozenset(name.removeprefix(prefix) for name in names))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ def quantize(
 
         write_bitsandbytes_folder(source, target, scheme.library_type)
         return _figures(settings, model, target, begun, {})
+    # These import the packages that were just asked for.
+    from llmscale.quantization.engine import quantize_folder
+    from llmscale.quantization.layers import Recipe
+    from llmscale.quantization.mixed import require_budget
+
     model.require_linear_layers()
     more: dict[str, Any] = {}
     group_size, why = None, ""
@@ -70,6 +75,10 @@ def quantize(
         columns = [model.blocks[0].get_parameter(f"{name}.weight").shape[1] for name in model.names]
         group_size, why = fitting_group_size(settings.group_size, columns)
         more["group_size"] = group_size
+    dtype = torch.float16 if model.config.dtype == torch.float16 else torch.bfloat16
+    recipe = Recipe(scheme, group_size, dtype, settings.budget)
+    if recipe.bits is not None:
+        require_budget(model, recipe)
     windows = None
     if scheme.calibrated:
         if texts is None:
@@ -81,11 +90,7 @@ def quantize(
             listener.say(f"{where}: holds {windows.numel():,} tokens of the {tokens:,} wanted")
     if why:
         listener.say(why)
-    from llmscale.quantization.engine import quantize_folder
-    from llmscale.quantization.layers import Recipe
-
-    dtype = torch.float16 if model.config.dtype == torch.float16 else torch.bfloat16
-    quantize_folder(model, target, Recipe(scheme, group_size, dtype), windows, listener.on_block)
+    quantize_folder(model, target, recipe, windows, listener.on_block)
     return _figures(settings, model, target, begun, more)
 
 

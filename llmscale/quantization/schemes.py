@@ -4,13 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from llmscale.errors import RecipeError
 from llmscale.settings import Settings, choices, divisors
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes to choose from, the one with the least overhead first."""
+
+MIXED_BITS = 5.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class WeightFormat:
     granularity: Literal["channel", "group"]
     number: Literal["int", "float"] = "int"
     symmetric: bool = True
+
+    def stored_bits(self, columns: int, group_size: int | None) -> float:
+        """Bits that a weight takes, its part of a 16-bit scale and of a zero point counted."""
+        width = group_size if self.granularity == "group" and group_size else columns
+        return self.bits + (16 + (0 if self.symmetric else self.bits)) / width
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Scheme:
     """A composition of parts; embeddings, norms and the head stay as they are.
 
     ``rounding`` is how weights meet their format, ``scaling`` what is moved from a layer's inputs
-    to its weights before. A ``library_type`` is bitsandbytes' own name for what it does alone.
+    to its weights before. ``wider`` is the format of the layers that need more bits than others. A
+    ``library_type`` is bitsandbytes' own name for what it does alone.
     """
 
     about: str
@@ -52,6 +60,7 @@ class Scheme:
     rounding: Literal["nearest", "gptq"] = "nearest"
     scaling: Literal["awq", "smoothquant"] | None = None
     library_type: Literal["nf4", "fp4", "int8"] | None = None
+    wider: WeightFormat | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -96,6 +105,9 @@ SCHEMES: dict[str, Scheme] = {
     "int4-gptq": Scheme("4-bit weights by GPTQ", INT4, rounding="gptq"),
     "int4-awq": Scheme("4-bit weights after AWQ's scaling", INT4, scaling="awq"),
     "int4-awq-gptq": Scheme("GPTQ after AWQ's scaling", INT4, rounding="gptq", scaling="awq"),
+    "mixed": Scheme(
+        "GPTQ in 4 bits, and in 8 where it counts most", INT4, rounding="gptq", wider=INT8
+    ),
     "fp8": Scheme("e4m3 weights and inputs", FP8, ActivationFormat(True, number="float")),
     "fp8-static": Scheme(
         "fp8, a scale a layer for inputs", FP8, ActivationFormat(False, number="float")
@@ -114,6 +126,7 @@ SchemeName = Literal[
     "int4-gptq",
     "int4-awq",
     "int4-awq-gptq",
+    "mixed",
     "fp8",
     "fp8-static",
     "nf4",
@@ -126,12 +139,19 @@ class Quantization(Settings):
     """How a model is quantized.
 
     ``group_size`` is by default the largest of 128, 64 and 32 that divides every layer's inputs;
-    groups that are not ``symmetric`` have a zero point each.
+    groups that are not ``symmetric`` have a zero point each. ``bits`` is what a weight of ``mixed``
+    takes on average, scales and zero points counted.
     """
 
     scheme: SchemeName
     group_size: PositiveInt | None = None
     symmetric: bool = True
+    bits: float | None = Field(default=None, gt=4, le=8)
+
+    @property
+    def budget(self) -> float | None:
+        """Bits a weight on average, of a scheme that chooses."""
+        return None if SCHEMES[self.scheme].wider is None else self.bits or MIXED_BITS
 
     def composition(self) -> Scheme:
         """The scheme's parts."""
@@ -146,6 +166,8 @@ class Quantization(Settings):
                 yield "group_size", f"{self.scheme} has no groups; remove it, or use {grouped}"
             if not self.symmetric:
                 yield "symmetric", f"{self.scheme} has no zero points; remove it, or use {grouped}"
+        if self.bits is not None and SCHEMES[self.scheme].wider is None:
+            yield "bits", f"{self.scheme} has bits of its own; remove it, or use mixed"
 
 
 def fitting_group_size(wanted: int | None, columns: Iterable[int]) -> tuple[int, str]:

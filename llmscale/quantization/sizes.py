@@ -18,11 +18,7 @@ def folder_sizes(folder: Path, model: BlockwiseModel) -> dict[str, Any]:
     Args:
         model: the one that was quantized, whose layers' sizes count.
     """
-    layers = {
-        f"{model.prefix}.{number}.{name}": block.get_parameter(f"{name}.weight").numel()
-        for number, block in enumerate(model.blocks)
-        for name in model.names
-    }
+    layers = {name: model.model.get_parameter(f"{name}.weight").numel() for name in model.layers()}
     total = of_layers = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:

@@ -104,7 +104,7 @@ class Quantize(QuantizedStage, Quantization):
         figures = quantize(
             workspace.inputs["model"],
             workspace.folder.hf,
-            Quantization(scheme=self.scheme, group_size=self.group_size, symmetric=self.symmetric),
+            Quantization(**{key: getattr(self, key) for key in Quantization.model_fields}),
             calibration.texts(corpus) if calibration else None,
             tokens=calibration.tokens if calibration else 0,
             listener=Listener(
