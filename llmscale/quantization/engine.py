@@ -194,6 +194,7 @@ def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -
         if isinstance(module, torch.nn.Linear) and not name.startswith(f"{model.prefix}.")
     ]
     config |= {
+        "tie_word_embeddings": model.config.tie_word_embeddings,
         "dtype": str(recipe.dtype).removeprefix("torch."),
         "quantization_config": quantization_config(recipe, model.layers(), outside),
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmscale.quantization.gptq import gptq, usable
 from llmscale.quantization.grids import Grid, find_grid
 from llmscale.quantization.inputs import InputStatistics
+from llmscale.quantization.refine import refined
 from llmscale.quantization.scaling import find_scales
 from llmscale.quantization.schemes import Scheme
 
@@ -101,6 +102,8 @@ def quantize_layers(
     if scheme.rounding == "gptq":
         assert hessian_ii is not None, "GPTQ needs the inputs' products"
         codes_oi = gptq(weight_oi, hessian_ii, grid)
+        if scheme.refined:
+            codes_oi, grid = refined(weight_oi, hessian_ii, grid, codes_oi, recipe.dtype)
     else:
         codes_oi = grid.codes(weight_oi)
     input_scale = _input_scale(scheme, statistics, scales_i, recipe.dtype)

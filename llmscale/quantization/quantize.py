@@ -14,6 +14,7 @@ from llmscale.errors import RecipeError
 from llmscale.packages import require_package
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
+from llmscale.quantization.rotation import rotate
 from llmscale.quantization.schemes import Quantization, Scheme, fitting_group_size
 from llmscale.quantization.sizes import folder_sizes
 
@@ -69,6 +70,8 @@ def quantize(
     from llmscale.quantization.mixed import require_budget
 
     model.require_linear_layers()
+    if scheme.rotated:
+        rotate(model)
     more: dict[str, Any] = {}
     group_size, why = None, ""
     if scheme.grouped:

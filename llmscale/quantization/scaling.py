@@ -30,9 +30,10 @@ def find_scales(
 ) -> Tensor:
     """The scales whose exponent gives the least error of the layer's outputs.
 
-    For AWQ they are a power of the inputs' root mean square, and the error follows from the
-    Hessian; for SmoothQuant a power of the greatest input over one of the greatest weight, and
-    the error is that of rounded inputs and weights over some tokens of the calibration.
+    For AWQ they are a power of the inputs' root mean square, alone or over one of the weights', and
+    the error follows from the Hessian; for SmoothQuant a power of the greatest input over one of
+    the greatest weight, and the error is that of rounded inputs and weights over some tokens of
+    the calibration.
 
     Args:
         shares_i: columns with the same number are one output of what comes before, and have one
@@ -40,14 +41,15 @@ def find_scales(
     """
     some_oi = weight_oi[:: max(1, len(weight_oi) // ROWS_TRIED)]
     best, least = torch.ones(weight_oi.shape[1]), float("inf")
-    for exponent in EXPONENTS:
-        if hessian_ii is not None:
-            base_i = hessian_ii.diagonal().sqrt().clamp(min=1e-5) ** exponent
-        else:
-            largest_i = statistics.largest_i.clamp(min=1e-5)
-            weight_i = weight_oi.abs().amax(0).clamp(min=1e-5)
-            base_i = largest_i**exponent / weight_i ** (1 - exponent)
-        scales_i = _shared(base_i, shares_i)
+    if hessian_ii is not None:
+        inputs_i, weights_i = hessian_ii.diagonal().sqrt(), weight_oi.square().mean(0).sqrt()
+        exponents = [*((up, 0.0) for up in EXPONENTS), *((up, 1 - up) for up in EXPONENTS)]
+    else:
+        inputs_i, weights_i = statistics.largest_i, weight_oi.abs().amax(0)
+        exponents = [(up, 1 - up) for up in EXPONENTS]
+    for up, down in exponents:
+        scales_i = inputs_i.clamp(min=1e-5) ** up / weights_i.clamp(min=1e-5) ** down
+        scales_i = _shared(scales_i, shares_i)
         scales_i = scales_i / (scales_i.max() * scales_i.min()).sqrt()
         if hessian_ii is not None:
             error = _weight_error(some_oi, scales_i, recipe, hessian_ii)

@@ -50,7 +50,8 @@ class Scheme:
     """A composition of parts; embeddings, norms and the head stay as they are.
 
     ``rounding`` is how weights meet their format, ``scaling`` what is moved from a layer's inputs
-    to its weights before. ``wider`` is the format of the layers that need more bits than others. A
+    to its weights before; ``rotated`` turns the hidden states, ``refined`` goes over codes and
+    scales again. ``wider`` is the format of the layers that need more bits than others. A
     ``library_type`` is bitsandbytes' own name for what it does alone.
     """
 
@@ -61,6 +62,8 @@ class Scheme:
     scaling: Literal["awq", "smoothquant"] | None = None
     library_type: Literal["nf4", "fp4", "int8"] | None = None
     wider: WeightFormat | None = None
+    rotated: bool = False
+    refined: bool = False
 
     @property
     def calibrated(self) -> bool:
@@ -104,7 +107,12 @@ SCHEMES: dict[str, Scheme] = {
     "int4-weight": Scheme("4-bit weights, round to nearest", INT4),
     "int4-gptq": Scheme("4-bit weights by GPTQ", INT4, rounding="gptq"),
     "int4-awq": Scheme("4-bit weights after AWQ's scaling", INT4, scaling="awq"),
-    "int4-awq-gptq": Scheme("GPTQ after AWQ's scaling", INT4, rounding="gptq", scaling="awq"),
+    "int4-awq-gptq": Scheme(
+        "refined GPTQ after AWQ's scaling", INT4, rounding="gptq", scaling="awq", refined=True
+    ),
+    "int4-rotated-gptq": Scheme(
+        "refined GPTQ of rotated weights", INT4, rounding="gptq", rotated=True, refined=True
+    ),
     "mixed": Scheme(
         "GPTQ in 4 bits, and in 8 where it counts most", INT4, rounding="gptq", wider=INT8
     ),
@@ -126,6 +134,7 @@ SchemeName = Literal[
     "int4-gptq",
     "int4-awq",
     "int4-awq-gptq",
+    "int4-rotated-gptq",
     "mixed",
     "fp8",
     "fp8-static",

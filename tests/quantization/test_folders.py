@@ -25,7 +25,14 @@ from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
 from tests.quantization.small import TEXT, small_llama
 
 LETTERS = TEXT.read_text(encoding="utf-8")[:8000]
-BITS = {"int8": (8, 8.5), "int4": (4, 4.6), "fp8": (8, 8.5), "nf4": (4, 5), "fp4": (4, 5)}
+BITS = {
+    "int8": (8, 8.5),
+    "int4": (4, 4.6),
+    "mixed": (4, 5),
+    "fp8": (8, 8.5),
+    "nf4": (4, 5),
+    "fp4": (4, 5),
+}
 
 
 @pytest.fixture(scope="module")
