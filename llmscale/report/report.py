@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from llmscale.artifacts import RunFolder, read_json, write_text
 from llmscale.recipe.recipe import Recipe, read_resolved
 from llmscale.report.answers import ShownPrompt, extreme_answers, held_out_answers
+from llmscale.report.comparisons import Comparison, comparison_plot, comparison_table
 from llmscale.report.evaluations import (
     Confusion,
     confusions,
@@ -25,6 +26,7 @@ from llmscale.report.evaluations import (
 )
 from llmscale.report.plots import Plot, Record, plots, series
 from llmscale.stages.base import Stage
+from llmscale.stages.compare import COMPARISON
 from llmscale.stages.ppo import SAMPLES, VALIDATION_ANSWERS
 from llmscale.status import status
 
@@ -57,6 +59,8 @@ class StageView:
     metrics: Sequence[tuple[str, str]]
     plots: Sequence[Plot]
     reliability: Sequence[Plot]
+    comparison: Comparison | None
+    comparison_plot: Plot | None
     confusions: Sequence[Confusion]
     samples: Sequence[Mapping[str, str]]
     held_out: Sequence[ShownPrompt]
@@ -174,6 +178,7 @@ def _stage_view(
     name = told["stage"]
     manifest, place = manifests[name], folder.stage(name).path
     started, finished = manifest.get("started"), manifest.get("finished")
+    compared = read_json(folder.stage(name).path / COMPARISON) or []
     return StageView(
         name=name,
         kind=told["kind"],
@@ -186,10 +191,13 @@ def _stage_view(
         finished=format_time(finished) if finished else NOTHING,
         duration=format_duration(started, finished) if started and finished else NOTHING,
         metrics=[
-            (key, format_value(value)) for key, value in flatten(without_drawn(told["metrics"]))
+            (key, format_value(value))
+            for key, value in flatten({} if compared else without_drawn(told["metrics"]))
         ],
         plots=plots(name, records),
         reliability=reliability_plots(name, told["metrics"]),
+        comparison=comparison_table(compared) if compared else None,
+        comparison_plot=comparison_plot(name, compared) if compared else None,
         confusions=confusions(told["metrics"]),
         samples=read_json(place / "samples.json") or [],
         held_out=held_out_answers(place / VALIDATION_ANSWERS),
