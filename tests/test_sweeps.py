@@ -34,6 +34,7 @@ TINY = [
     "stages.pretrain.optimizer.warmup_steps=2",
 ]
 TRAINING = ["--stages", "corpus,tokenizer,pretrain"]
+EVERY_STAGE = ["corpus", "tokenizer", "pretrain", "evaluation", "quantized", "schemes"]
 
 
 @pytest.fixture
@@ -53,11 +54,11 @@ def sweep_of(folder: Path, sweep: str, *overrides: str, stages: Any = None) -> S
         ("{stages.tokenizer.vocabulary_size: [300, 400]}", ["corpus"]),
         (
             "{stages.evaluation.samples.temperature: [1, 2]}",
-            ["corpus", "tokenizer", "pretrain"],
+            ["corpus", "tokenizer", "pretrain", "quantized", "schemes"],
         ),
         ("{seed: [1, 2]}", []),
         ("{stages.pretrain.recompute: [none, full]}", ["corpus", "tokenizer"]),
-        ("{seed: [1234]}", ["corpus", "tokenizer", "pretrain", "evaluation"]),
+        ("{seed: [1234]}", EVERY_STAGE),
         ("{seed: [7]}", []),
     ],
 )
@@ -66,7 +67,7 @@ def test_common_are_the_stages_that_no_value_of_the_sweep_changes(
 ) -> None:
     found = sweep_of(folder, sweep)
     assert list(found.common_stages) == common
-    own = [name for name in ("corpus", "tokenizer", "pretrain", "evaluation") if name not in common]
+    own = [name for name in EVERY_STAGE if name not in common]
     assert [list(member.request.stages or ()) for member in found.members] == [own] * len(
         found.members
     )

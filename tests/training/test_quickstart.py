@@ -71,3 +71,18 @@ def test_samples_and_report_are_there(quickstart: RunFolder) -> None:
     page = quickstart.report_file.read_text()
     assert "HAMLET." in page
     assert "<svg" in page
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_quarter_of_the_layers_bits_leaves_the_model_nearly_as_good(
+    quickstart: RunFolder,
+) -> None:
+    quantized = quickstart.stage("quantized").manifest()["metrics"]
+    assert 8 <= quantized["bits_per_weight"] < 8.3
+    rows = json.loads((quickstart.stage("schemes").path / "comparison.json").read_text())
+    original, *schemes = rows
+    assert original["scheme"] == "original"
+    assert all(row["perplexity"] < 1.02 * original["perplexity"] for row in schemes)
+    assert all(row["megabytes"] < original["megabytes"] for row in schemes)
+    assert "Size and perplexity" in quickstart.report_file.read_text()
