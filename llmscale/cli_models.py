@@ -155,6 +155,9 @@ def quantize(
     bits: Annotated[
         float | None, typer.Option(min=4.05, max=8, help="A weight on average, of mixed.")
     ] = None,
+    key_value_cache: Annotated[
+        str | None, typer.Option(help="Scales for a cache in int8, fp8.")
+    ] = None,
     compare: Annotated[
         str | None, typer.Option(help="Schemes to compare, separated by commas.")
     ] = None,
@@ -178,7 +181,12 @@ def quantize(
             f"--{'scheme' if scheme is None else 'out'}: is missing; give --scheme and --out, or "
             "--compare and --text"
         )
-    options = {"group_size": group_size, "symmetric": not asymmetric, "bits": bits}
+    options = {
+        "group_size": group_size,
+        "symmetric": not asymmetric,
+        "bits": bits,
+        "key_value_cache": key_value_cache,
+    }
     figures = command.quantize_model(model, scheme, out, calibration or [], tokens, options)
     tell(
         as_json,

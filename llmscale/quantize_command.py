@@ -6,10 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import ValidationError
+
 from llmscale import runs
 from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
 from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
+from llmscale.recipe.explain import explain
 from llmscale.settings import choices
 
 
@@ -33,13 +36,17 @@ def quantize_model(
         RecipeError: if the model, the texts or a setting do not fit.
         MachineError: if a package is missing.
     """
-    settings = Quantization(scheme=_known(scheme), **options)
+    try:
+        settings = Quantization(scheme=_known(scheme), **options)
+    except ValidationError as error:
+        path, message = explain(error, Quantization)
+        raise RecipeError(f"--{'-'.join(path).replace('_', '-')}: {message}") from None
     for key, wrong in settings.misplaced():
         option = "--asymmetric" if key == "symmetric" else f"--{key.replace('_', '-')}"
         raise RecipeError(f"{option}: {wrong}")
     if target.exists():
         raise RecipeError(f"--out: {target} exists; choose a new folder")
-    require_calibration([scheme], calibration)
+    require_calibration(settings.calibrates, calibration)
     folder = runs.model_folder(model)
     from llmscale.quantization.quantize import Listener, quantize
 
@@ -75,7 +82,8 @@ def compare_schemes(
     for text in texts:
         if not text.is_file():
             raise RecipeError(f"--text: {text} is no file; give a text")
-    require_calibration(names, calibration)
+    asking = next((name for name in names if SCHEMES[name].calibrated), None)
+    require_calibration(asking, calibration)
     folder = runs.model_folder(model)
     from llmscale.quantization.compare import compare
 
@@ -115,16 +123,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def require_calibration(schemes: Sequence[str], files: Sequence[Path]) -> None:
-    """Checks that there are texts where a scheme needs some.
+def require_calibration(asking: str | None, files: Sequence[Path]) -> None:
+    """Checks that there are texts where something asks for them.
 
     Raises:
         RecipeError: if there are none, or one is no file.
     """
-    needing = [scheme for scheme in schemes if SCHEMES[scheme].calibrated]
-    if needing and not files:
+    if asking is not None and not files:
         raise RecipeError(
-            f"--calibration: {needing[0]} is calibrated with texts; give a text file, such as a "
+            f"--calibration: {asking} is calibrated with texts; give a text file, such as a "
             "part of what the model was trained on"
         )
     for file in files:

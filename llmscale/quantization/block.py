@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from llmscale.errors import RecipeError
-from llmscale.quantization.families import BEFORE, divided_outputs, shares
+from llmscale.quantization.families import BEFORE, VALUES, divided_outputs, shares
 from llmscale.quantization.formats import stored_tensors
 from llmscale.quantization.gptq import NotPositiveDefinite
 from llmscale.quantization.inputs import InputStatistics
+from llmscale.quantization.key_value_cache import SeenCache
 from llmscale.quantization.layers import QuantizedGroup, QuantizedLayer, Recipe, quantize_layers
 from llmscale.quantization.paused import PausedPass, pause
 
@@ -75,6 +76,9 @@ def quantize_block(
     Raises:
         RecipeError: if a layer's inputs are of no use.
     """
+    cache = SeenCache()
+    if recipe.scheme.cache is not None:
+        told = {**told, "past_key_values": cache}
     passes = [PausedPass(partial(block, given, **told)) for given in inputs]
     leaders = {group[0] for group in groups}
     hooks = [
@@ -101,7 +105,9 @@ def quantize_block(
                     "them; give other texts to calibrate"
                 ) from None
             if quantized.scales_i is not None and shares_i is not None:
-                _divide(before, changed, done, recipe, group[0], quantized, shares_i)
+                scales = _divide(before, changed, done, recipe, group[0], quantized, shares_i)
+                if BEFORE[group[0]] == VALUES:
+                    cache.values_c = cache.values_c / scales
             for name in group:
                 _weight(block, name).copy_(quantized.effective(name))
             done |= quantized.layers
@@ -113,7 +119,10 @@ def quantize_block(
             hook.remove()
         for one in passes:
             one.close()
-    return BlockResult(_stored({**before, **changed}, done, recipe), outputs)
+    tensors = _stored({**before, **changed}, done, recipe)
+    if recipe.scheme.cache is not None:
+        tensors |= cache.scales(recipe.scheme.cache, recipe.dtype)
+    return BlockResult(tensors, outputs)
 
 
 @torch.no_grad()
@@ -137,17 +146,18 @@ def _divide(
     leader: str,
     quantized: QuantizedGroup,
     shares_i: Tensor,
-) -> None:
-    """Moves a group's scales to what comes before it, whose rows are divided."""
+) -> Tensor:
+    """Moves a group's scales to what comes before it, whose rows are divided by those returned."""
     assert quantized.scales_i is not None
     source = BEFORE[leader]
     changed |= divided_outputs(tensors, leader, quantized.scales_i, shares_i)
+    outputs = int(shares_i.max()) + 1
+    scales = torch.ones(outputs).index_copy_(0, shares_i, quantized.scales_i)
     if source in done:
         layer = done[source]
-        outputs = int(shares_i.max()) + 1
-        scales = torch.ones(outputs).index_copy_(0, shares_i, quantized.scales_i)
         scale_og = (layer.grid.scale_og / scales[:, None]).to(recipe.dtype).float()
         done[source] = replace(layer, grid=replace(layer.grid, scale_og=scale_og))
+    return scales
 
 
 def _stored(

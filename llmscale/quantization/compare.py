@@ -73,7 +73,7 @@ class _Measure:
         model, tokenizer = load_model(source)
         longest = model.config.max_position_embeddings
         length = min(window or 1024, longest)
-        self._windows_ns = _windows(texts, tokenizer, length)
+        self._windows_ns = text_windows(texts, tokenizer, length)
         self._expected: list[Tensor] = []
 
     @torch.no_grad()
@@ -100,7 +100,12 @@ class _Measure:
         }
 
 
-def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
+def text_windows(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
+    """Windows [n, s] of the texts to measure on, evenly, none across two texts.
+
+    Raises:
+        RecipeError: if no text fills one.
+    """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     first = [] if start is None else [start]
     step = length - len(first)

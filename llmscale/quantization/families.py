@@ -12,9 +12,10 @@ from torch import Tensor
 SCALED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families with the layers named below, whose norms multiply by their weight."""
 
+VALUES = "self_attn.v_proj"
 BEFORE = {
     "self_attn.q_proj": "input_layernorm",
-    "self_attn.o_proj": "self_attn.v_proj",
+    "self_attn.o_proj": VALUES,
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.down_proj": "mlp.up_proj",
 }

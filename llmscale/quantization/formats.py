@@ -15,6 +15,7 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from llmscale.quantization.layers import QuantizedLayer, Recipe
+from llmscale.quantization.schemes import CacheNumber
 
 
 def stored_tensors(layer: QuantizedLayer, recipe: Recipe) -> dict[str, Tensor]:
@@ -56,6 +57,7 @@ def quantization_config(recipe: Recipe, layers: list[str], left_out: list[str]) 
         format=_format(recipe).value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=left_out,
+        kv_cache_scheme=None if recipe.scheme.cache is None else _cache(recipe.scheme.cache),
     )
     return config.model_dump(mode="json")
 
@@ -84,6 +86,11 @@ def scheme(recipe: Recipe, targets: Sequence[str] = ("Linear",)) -> Quantization
         ),
         format=_format(recipe),
     )
+
+
+def _cache(number: CacheNumber) -> QuantizationArgs:
+    kind = "float" if number == "fp8" else "int"
+    return QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy="tensor", dynamic=False)
 
 
 def _format(recipe: Recipe) -> CompressionFormat:

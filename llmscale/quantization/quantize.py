@@ -14,6 +14,7 @@ from llmscale.errors import RecipeError
 from llmscale.packages import require_package
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
+from llmscale.quantization.key_value_cache import CACHED_FAMILIES
 from llmscale.quantization.rotation import rotate
 from llmscale.quantization.schemes import Quantization, Scheme, fitting_group_size
 from llmscale.quantization.sizes import folder_sizes
@@ -70,6 +71,12 @@ def quantize(
     from llmscale.quantization.mixed import require_budget
 
     model.require_linear_layers()
+    kind = model.config.model_type
+    if scheme.cache is not None and kind not in CACHED_FAMILIES:
+        raise RecipeError(
+            f"key_value_cache: {source}: the attention of {kind} is not known, only that of "
+            f"{', '.join(CACHED_FAMILIES)}; remove it"
+        )
     if scheme.rotated:
         rotate(model)
     more: dict[str, Any] = {}
@@ -85,7 +92,7 @@ def quantize(
     windows = None
     if scheme.calibrated:
         if texts is None:
-            raise RecipeError(f"{where}: {settings.scheme} is calibrated with texts; give some")
+            raise RecipeError(f"{where}: {settings.calibrates} is calibrated with texts; give some")
         longest = model.config.max_position_embeddings
         windows = calibration_windows(texts, load_tokenizer(source), tokens, longest, where)
         more["calibration_tokens"] = windows.numel()

@@ -45,6 +45,9 @@ class ActivationFormat:
     number: Literal["int", "float"] = "int"
 
 
+CacheNumber = Literal["int8", "fp8"]
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A composition of parts; embeddings, norms and the head stay as they are.
@@ -52,7 +55,8 @@ class Scheme:
     ``rounding`` is how weights meet their format, ``scaling`` what is moved from a layer's inputs
     to its weights before; ``rotated`` turns the hidden states, ``refined`` goes over codes and
     scales again. ``wider`` is the format of the layers that need more bits than others. A
-    ``library_type`` is bitsandbytes' own name for what it does alone.
+    ``library_type`` is bitsandbytes' own name for what it does alone. ``cache`` is how keys and
+    values are kept.
     """
 
     about: str
@@ -64,12 +68,13 @@ class Scheme:
     wider: WeightFormat | None = None
     rotated: bool = False
     refined: bool = False
+    cache: CacheNumber | None = None
 
     @property
     def calibrated(self) -> bool:
         """Whether texts are necessary."""
         static = self.activations is not None and not self.activations.dynamic
-        return self.rounding == "gptq" or self.scaling is not None or static
+        return bool(self.rounding == "gptq" or self.scaling or static or self.cache)
 
     @property
     def by_products(self) -> bool:
@@ -149,13 +154,15 @@ class Quantization(Settings):
 
     ``group_size`` is by default the largest of 128, 64 and 32 that divides every layer's inputs;
     groups that are not ``symmetric`` have a zero point each. ``bits`` is what a weight of ``mixed``
-    takes on average, scales and zero points counted.
+    takes on average, scales and zero points counted. With ``key_value_cache`` keys and values have
+    scales too, for a cache of 8 bits, from the texts of the calibration.
     """
 
     scheme: SchemeName
     group_size: PositiveInt | None = None
     symmetric: bool = True
     bits: float | None = Field(default=None, gt=4, le=8)
+    key_value_cache: CacheNumber | None = None
 
     @property
     def budget(self) -> float | None:
@@ -165,7 +172,15 @@ class Quantization(Settings):
     def composition(self) -> Scheme:
         """The scheme's parts."""
         scheme = SCHEMES[self.scheme]
-        return replace(scheme, weights=replace(scheme.weights, symmetric=self.symmetric))
+        weights = replace(scheme.weights, symmetric=self.symmetric)
+        return replace(scheme, weights=weights, cache=self.key_value_cache)
+
+    @property
+    def calibrates(self) -> str | None:
+        """What of it takes texts, if anything does."""
+        if SCHEMES[self.scheme].calibrated:
+            return self.scheme
+        return None if self.key_value_cache is None else f"key_value_cache {self.key_value_cache}"
 
     def misplaced(self) -> Iterable[tuple[str, str]]:
         """Settings that the scheme has no use for, each with what is wrong."""
@@ -177,6 +192,11 @@ class Quantization(Settings):
                 yield "symmetric", f"{self.scheme} has no zero points; remove it, or use {grouped}"
         if self.bits is not None and SCHEMES[self.scheme].wider is None:
             yield "bits", f"{self.scheme} has bits of its own; remove it, or use mixed"
+        if self.key_value_cache and SCHEMES[self.scheme].library_type:
+            yield (
+                "key_value_cache",
+                f"{self.scheme} has no scales for it; remove it, or use int8-weight",
+            )
 
 
 def fitting_group_size(wanted: int | None, columns: Iterable[int]) -> tuple[int, str]:

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from llmscale.artifacts import write_json
-from llmscale.quantization.schemes import SchemeName
+from llmscale.quantization.schemes import SCHEMES, SchemeName
 from llmscale.settings import Problem
 from llmscale.stages.base import RecipeView, Workspace
 from llmscale.stages.quantize import QuantizedStage, Texts
@@ -27,7 +27,8 @@ class Compare(QuantizedStage):
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
         for number, name in enumerate(self.schemes):
-            yield from self.calibration_problems(("schemes", str(number)), name)
+            calibrated = name if SCHEMES[name].calibrated else None
+            yield from self.calibration_problems(("schemes", str(number)), calibrated)
         yield from super().problems(view)
         if len(set(self.schemes)) < len(self.schemes):
             yield Problem(("schemes",), "one is named twice; name each once")

@@ -10,7 +10,7 @@ from llmscale.artifacts import version_of
 from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
-from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
+from llmscale.quantization.schemes import SCHEMES, Quantization
 from llmscale.settings import Problem, Settings
 from llmscale.stages.base import ModelStage, RecipePattern, RecipeView, Workspace, matching_files
 
@@ -68,9 +68,9 @@ class QuantizedStage(ModelStage):
     def sources(self) -> list[Any]:
         return [texts.sources() for texts in self.texts().values()]
 
-    def calibration_problems(self, path: tuple[str, ...], name: SchemeName) -> Iterator[Problem]:
-        """What a scheme that is asked for at ``path`` lacks."""
-        if SCHEMES[name].calibrated and self.calibration is None:
+    def calibration_problems(self, path: tuple[str, ...], name: str | None) -> Iterator[Problem]:
+        """What is lacking where ``path`` asks for what is calibrated, unless that is nothing."""
+        if name is not None and self.calibration is None:
             yield Problem(
                 path,
                 f"{name} is calibrated with texts; add calibration: {{split: train}}, or "
@@ -91,7 +91,8 @@ class Quantize(QuantizedStage, Quantization):
     product: ClassVar[str] = "hf"
 
     def problems(self, view: RecipeView) -> Iterator[Problem]:
-        yield from self.calibration_problems(("scheme",), self.scheme)
+        asking = "scheme" if SCHEMES[self.scheme].calibrated else "key_value_cache"
+        yield from self.calibration_problems((asking,), self.calibrates)
         yield from super().problems(view)
         for key, wrong in self.misplaced():
             yield Problem((key,), wrong)

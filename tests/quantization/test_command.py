@@ -72,6 +72,20 @@ def test_a_killed_call_goes_on_and_gives_the_same_files(model: Path, tmp_path: P
         (["--scheme", "int4-weight", "--out", "OUT", "--group-size", "48"], "does not divide 64"),
         (["--scheme", "nf4", "--out", "OUT", "--group-size", "32"], "--group-size: nf4 has no"),
         (["--scheme", "int8-weight", "--out", "OUT", "--asymmetric"], "--asymmetric: int8-weight"),
+        (["--scheme", "mixed", "--out", "OUT"], "--calibration: mixed is calibrated with"),
+        (["--scheme", "int4-weight", "--out", "OUT", "--bits", "5"], "--bits: int4-weight has"),
+        (
+            ["--scheme", "nf4", "--out", "OUT", "--key-value-cache", "fp8"],
+            "--key-value-cache: nf4 has no scales for it",
+        ),
+        (
+            ["--scheme", "int8-weight", "--out", "OUT", "--key-value-cache", "int4"],
+            "--key-value-cache: ",
+        ),
+        (
+            ["--scheme", "int8-weight", "--out", "OUT", "--key-value-cache", "fp8"],
+            "--calibration: key_value_cache fp8 is calibrated with",
+        ),
         (["--compare", "int8-weight"], "--text: a comparison needs texts"),
     ],
 )

@@ -66,6 +66,8 @@ def test_a_recipe_quantizes_evaluates_and_compares(recipe: Path, tmp_path: Path)
         ("stages.quantized.calibration={tokens: 9}", "give either split or text, not both"),
         ("stages.quantized.calibration={text: no.txt}", "no file matches"),
         ("stages.quantized.scheme=nf5", "nf5"),
+        ("stages.quantized.bits=5.5", "stages.quantized.bits: int4-gptq has bits of its own"),
+        ("stages.quantized.key_value_cache=int4", "stages.quantized.key_value_cache"),
         ("stages.comparison.schemes=[nf4, nf4]", "one is named twice"),
         ("stages.comparison.schemes=[int4-awq]", "int4-awq is calibrated with texts"),
     ],
