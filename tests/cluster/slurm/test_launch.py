@@ -22,6 +22,7 @@ from tests.conftest import QUICKSTART, ROOT
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 ON_SLURM = ["--on", "slurm", *TWO_NODES, *SMALL, BY_SRUN]
+MEASURED = ["--stages", "corpus,tokenizer,pretrain,evaluation"]
 LONG = "stages.pretrain.steps=5000"
 
 
@@ -47,7 +48,7 @@ def test_a_detached_run_is_looked_at_and_cancelled_from_another_terminal(
     slurm: Cluster, run: Path
 ) -> None:
     started = llmscale(
-        slurm, "run", QUICKSTART, *ON_SLURM, LONG, "--run-dir", run, "--detach", "--json"
+        slurm, "run", QUICKSTART, *ON_SLURM, LONG, *MEASURED, "--run-dir", run, "--detach", "--json"
     )
     assert started.returncode == 0, started.stderr
     jobs = json.loads(started.stdout)["jobs"]
@@ -65,10 +66,10 @@ def test_a_detached_run_is_looked_at_and_cancelled_from_another_terminal(
     assert training["status"] == "running"
     assert training["progress"]["total"] == 5000
     again = llmscale(
-        slurm, "run", QUICKSTART, *ON_SLURM, LONG, "--run-dir", run, "--detach", "--json"
+        slurm, "run", QUICKSTART, *ON_SLURM, LONG, *MEASURED, "--run-dir", run, "--detach", "--json"
     )
     assert json.loads(again.stdout)["jobs"] == jobs, "the same command comes back to the same jobs"
-    other = llmscale(slurm, "run", QUICKSTART, *ON_SLURM, "--run-dir", run, "--detach")
+    other = llmscale(slurm, "run", QUICKSTART, *ON_SLURM, *MEASURED, "--run-dir", run, "--detach")
     assert other.returncode == 2
     assert f"job {jobs[1]}, {jobs[2]} runs another recipe in this folder" in other.stderr
     cancelled = llmscale(slurm, "cancel", run)
