@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmscale.quantization.gptq import gptq, usable
+from llmscale.quantization.gptq import gptq, shrunken, usable
 from llmscale.quantization.grids import Grid, find_grid
 from llmscale.quantization.inputs import InputStatistics
 from llmscale.quantization.refine import refined
@@ -89,7 +89,7 @@ def quantize_layers(
     weight_oi = torch.cat(list(weights.values()))
     hessian_ii = None
     if statistics is not None and scheme.by_products:
-        hessian_ii = usable(statistics.hessian_ii / statistics.tokens)
+        hessian_ii = shrunken(usable(statistics.hessian_ii / statistics.tokens))
     scales_i = None
     if scheme.scaling is not None and shares_i is not None:
         assert statistics is not None

@@ -11,6 +11,7 @@ from llmscale.quantization.gptq import (
     gptq,
     inverse_factor,
     layer_error,
+    shrunken,
     usable,
 )
 from llmscale.quantization.grids import Grid, find_grid
@@ -122,6 +123,24 @@ def test_constant_inputs_and_a_dead_channel_are_quantized() -> None:
     nearest = grid.rounded(weight) @ inputs[0]
     assert torch.isfinite(codes).all()
     assert (got - expected).norm() < 0.3 * (nearest - expected).norm()
+
+
+def test_chance_products_of_few_tokens_do_less_harm_on_others() -> None:
+    """Calibrated on hardly more tokens than columns, measured on the inputs' true products."""
+    random = torch.Generator().manual_seed(6)
+    mixing = torch.randn(160, 160, generator=random) / 160**0.5 + 0.7 * torch.eye(160)
+    true = mixing.T @ mixing
+    inputs = torch.randn(240, 160, generator=random) @ mixing
+    weight = torch.randn(24, 160, generator=random)
+    hessian = inputs.T @ inputs / len(inputs)
+    grid = find_grid(weight, INT4, 32, torch.bfloat16, hessian.diagonal())
+
+    plain, shrunk = (gptq(weight, own, grid) for own in (hessian, shrunken(hessian)))
+
+    errors = [layer_error(grid.values(codes) - weight, true) for codes in (plain, shrunk)]
+    assert errors[1] < 0.97 * errors[0]
+    assert torch.equal(shrunken(hessian).tril(-1), hessian.tril(-1))
+    assert torch.allclose(shrunken(hessian).diagonal(), 1.2 * hessian.diagonal())
 
 
 def test_damping_is_raised_until_a_hessian_is_positive_definite() -> None:
