@@ -16,7 +16,7 @@ from llmscale.data.prompts import Prompt
 from llmscale.errors import StageError
 from llmscale.parallel.bridge import Bridge
 from llmscale.rlhf.answers import Answer
-from llmscale.rlhf.rollout import tensor_bytes
+from llmscale.rlhf.rollout import checksum
 from llmscale.rlhf.scoring import Scores
 from llmscale.training.rows import Rows
 
@@ -97,7 +97,7 @@ class RemoteRollout:
                 plain = weight.detach().contiguous()
                 bridge.tell((name, tuple(plain.shape), plain.dtype))
                 bridge.pass_on(plain)
-                sent.update(name.encode() + tensor_bytes(plain))
+                sent.update(name.encode() + checksum(plain))
         if bridge is not None:
             bridge.tell(sent.hexdigest())
         self.remote.finish()
@@ -154,7 +154,7 @@ def sent_weights(bridge: Bridge, device: torch.device) -> Iterator[tuple[str, Te
         name, shape, dtype = told
         weight = torch.empty(shape, dtype=dtype, device=device)
         bridge.pass_on(weight)
-        arrived.update(name.encode() + tensor_bytes(weight))
+        arrived.update(name.encode() + checksum(weight))
         yield name, weight
     if told != arrived.hexdigest():
         raise StageError("the policy's weights have changed on the way to the rollout")

@@ -70,8 +70,8 @@ class TransformersRollout:
         given, taken, missing = hashlib.blake2b(), hashlib.blake2b(), set(own)
         for name, weight in weights:
             own[name].copy_(weight)
-            given.update(tensor_bytes(weight.to(own[name].dtype)))
-            taken.update(tensor_bytes(own[name]))
+            given.update(checksum(weight.to(own[name].dtype)))
+            taken.update(checksum(own[name]))
             missing.discard(name)
         tied = set(self.model.all_tied_weights_keys)
         sums = [given.hexdigest(), taken.hexdigest(), *sorted(missing - tied)]
@@ -106,7 +106,7 @@ class TransformersRollout:
         for row, prompt in enumerate(prompts):
             tokens_bs[row, longest - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
             mask_bs[row, longest - len(prompt.tokens) :] = 1
-        sampler = NumberedSampler(keys, form.temperature)
+        sampler = NumberedSampler(keys, form.temperature, device)
         output = self.model.generate(
             tokens_bs.to(device),
             attention_mask=mask_bs.to(device),
@@ -136,6 +136,7 @@ class TransformersRollout:
         return text
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor's numbers, in order."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def checksum(tensor: Tensor) -> bytes:
+    """Eight bytes of a tensor's bits, made where it is: the exclusive or of its numbers'."""
+    bits = torch.hash_tensor(tensor.detach()).view(torch.int64)
+    return int(bits).to_bytes(8, "big", signed=True)

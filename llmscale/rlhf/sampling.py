@@ -4,11 +4,14 @@ Shape legend: b answers, v vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+
+NUMBERS_AT_ONCE = 4096
+"""Random numbers that a row draws at least: fewer calls for small vocabularies."""
 
 
 class NumberedSampler(LogitsProcessor):
@@ -19,24 +22,37 @@ class NumberedSampler(LogitsProcessor):
 
     Args:
         keys: a seed for each row.
+        device: where numbers are drawn; one's are not another's.
     """
 
-    def __init__(self, keys: Sequence[int], temperature: float) -> None:
-        self._generators = [torch.Generator().manual_seed(key) for key in keys]
+    def __init__(
+        self, keys: Sequence[int], temperature: float, device: torch.device | str = "cpu"
+    ) -> None:
+        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
         self._temperature = temperature
+        self._noises: Iterator[Tensor] = iter(())
         self.log_probabilities: list[Tensor] = []
         """Of the tokens drawn at each step, ``[b]``."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits_bv = scores.float() / self._temperature
-        noise_bv = torch.stack(
-            [
-                torch.empty(scores.shape[1]).exponential_(generator=generator)
-                for generator in self._generators
-            ]
-        ).to(scores.device)
-        noised_bv = logits_bv - noise_bv.log()
+        noise_bv = next(self._noises, None)
+        if noise_bv is None:
+            self._noises = self._drawn(scores.shape[1])
+            noise_bv = next(self._noises)
+        noised_bv = logits_bv - noise_bv.to(scores.device).log()
         drawn_b1 = noised_bv.argmax(1, keepdim=True)
         chosen_b = logits_bv.gather(1, drawn_b1)[:, 0] - logits_bv.logsumexp(1)
         self.log_probabilities.append(chosen_b)
         return torch.full_like(noised_bv, -math.inf).scatter(1, drawn_b1, 0.0)
+
+    def _drawn(self, vocabulary: int) -> Iterator[Tensor]:
+        """Exponential numbers ``[b, v]`` of some steps, drawn at once where they are few."""
+        steps = max(1, NUMBERS_AT_ONCE // vocabulary)
+        drawn = [
+            torch.empty(steps, vocabulary, device=generator.device).exponential_(
+                generator=generator
+            )
+            for generator in self._generators
+        ]
+        yield from torch.stack(drawn, 1)

@@ -85,7 +85,7 @@ def keep_references(stage: Dpo, workspace: Workspace) -> None:
     known = {}
     model = workspace.inputs["start_from"]
     trained = tuning.tuned_model(stage, workspace.folder, model, read_architecture(model))
-    form = tuning.row_form(stage, model, about_groups(workspace)["padding"])
+    form = tuning.row_form(stage, model, about_groups(workspace)["padding"], workspace.device)
     reference = replace(trained, adapter=None)
     first = FirstWeights(model, workspace.seed)
     with (
@@ -115,7 +115,8 @@ def preference_training(stage: Dpo, workspace: Workspace) -> Course:
         return group_samples(stage, workspace, split, partial(_read, stage, workspace, split))
 
     sources, held_out = samples("train"), samples("validation")
-    objective = _objective(stage, tuning.row_form(stage, model, about_groups(workspace)["padding"]))
+    padding = about_groups(workspace)["padding"]
+    objective = _objective(stage, tuning.row_form(stage, model, padding, workspace.device))
     trained = tuning.tuned_model(stage, workspace.folder, model, read_architecture(model))
     course = tuning.tuned_course(
         stage, workspace, trained, objective, sources, list(held_out.values())

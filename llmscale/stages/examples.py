@@ -146,7 +146,7 @@ def fine_tuning(stage: Finetune, workspace: Workspace) -> Course:
     """What a stage of fine-tuning trains."""
     model = workspace.inputs["start_from"]
     about = read_json(workspace.folder.path / ABOUT_EXAMPLES)
-    form = tuning.row_form(stage, model, about["padding"])
+    form = tuning.row_form(stage, model, about["padding"], workspace.device)
     objective = Supervised(form, several=stage.packing)
     sources = {name: _samples(stage, workspace, name, "train") for name in stage.data}
     held_out = [

@@ -87,7 +87,7 @@ def controller(
         roles=roles,
         prompts=PromptOrder(_prompts(stage, workspace), stage.weights()),
         held_out=_held_out(stage, workspace),
-        form=tuning.row_form(stage, _policy_folder(workspace), padding),
+        form=tuning.row_form(stage, _policy_folder(workspace), padding, workspace.device),
         checkpoints=checkpoints,
         stop=stop,
         notes=notes,

@@ -53,7 +53,7 @@ def reward_training(stage: Reward, workspace: Workspace) -> Course:
 
     sources = group_samples(stage, workspace, "train", read)
     held_out = group_samples(stage, workspace, "validation", read)
-    form = tuning.row_form(stage, model, about_groups(workspace)["padding"])
+    form = tuning.row_form(stage, model, about_groups(workspace)["padding"], workspace.device)
     objective = _objective(stage, form, [*sources.values(), *held_out.values()])
     trained = reward_model(stage, workspace.folder, model)
     course = tuning.tuned_course(

@@ -103,10 +103,11 @@ def require_training(sets: Iterable[tuple[str, Sequence[object]]]) -> None:
             )
 
 
-def row_form(stage: TunedStage, model: Path, padding: int) -> RowForm:
-    """How examples become rows at the stage's layout."""
+def row_form(stage: TunedStage, model: Path, padding: int, device: str) -> RowForm:
+    """How examples become rows at the stage's layout, on that device."""
     layout = stage.parallel
-    multiple = math.lcm(LENGTH_MULTIPLE, layout.tensor * 2 * layout.context)
+    of_device = LENGTH_MULTIPLE if device == "cuda" else 1
+    multiple = math.lcm(of_device, layout.tensor * 2 * layout.context)
     return RowForm(padding, room(stage, model), multiple, shared=layout.pipeline == 1)
 
 
