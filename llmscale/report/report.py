@@ -178,7 +178,8 @@ def _stage_view(
     name = told["stage"]
     manifest, place = manifests[name], folder.stage(name).path
     started, finished = manifest.get("started"), manifest.get("finished")
-    compared = read_json(folder.stage(name).path / COMPARISON) or []
+    compared = read_json(place / COMPARISON) or []
+    answering = told["kind"] == "ppo"
     return StageView(
         name=name,
         kind=told["kind"],
@@ -200,8 +201,8 @@ def _stage_view(
         comparison_plot=comparison_plot(name, compared) if compared else None,
         confusions=confusions(told["metrics"]),
         samples=read_json(place / "samples.json") or [],
-        held_out=held_out_answers(place / VALIDATION_ANSWERS),
-        extremes=extreme_answers(place / SAMPLES),
+        held_out=held_out_answers(place / VALIDATION_ANSWERS) if answering else [],
+        extremes=extreme_answers(place / SAMPLES) if answering else [],
     )
 
 

@@ -33,6 +33,17 @@ stages:
     steps: 10
   evaluation: {kind: evaluate, model: pretrain, perplexity: {split: validation}}
 """
+LEARNING = """
+  learning:
+    kind: ppo
+    start_from: pretrain
+    data: {prompts: {path: /prompts.jsonl}}
+    rewards: {mine: {url: "http://127.0.0.1:1/"}}
+    rollout: {prompts: 8, max_new_tokens: 8}
+    batch: {global: 8, micro: 8}
+    optimizer: {learning_rate: 1.0e-3}
+    steps: 30
+"""
 VOID = {"meta", "br", "path", "use"}
 
 
@@ -184,22 +195,32 @@ def test_samples_and_errors_are_text_and_never_markup(folder: RunFolder) -> None
     assert "&amp; more" in text
 
 
+@pytest.fixture
+def learning(folder: RunFolder) -> RunFolder:
+    """A run with a stage that learns from rewards, and a corpus with files of the same names."""
+    folder.recipe_file.write_text(RECIPE + LEARNING.strip("\n"), encoding="utf-8")
+    begin(folder, "corpus")
+    (folder.stage("corpus").path / "validation.jsonl").write_text('{"text": "To be"}\n')
+    return folder
+
+
 def answered(step: int, prompt: str, answer: str, reward: float) -> str:
     """A line of a stage of kind ppo about one answer."""
     line = {"step": step, "prompt": prompt, "answer": answer, "reward": reward}
     return json.dumps({**line, "reward_people": 2 * reward, "reward_mine": reward - 1}) + "\n"
 
 
-def test_held_out_prompts_show_their_first_answer_and_their_last(folder: RunFolder) -> None:
-    begin(folder, "pretrain")
+def test_held_out_prompts_show_their_first_answer_and_their_last(learning: RunFolder) -> None:
+    begin(learning, "learning")
     lines = [
         answered(step, f"prompt {number}", f"answer {number} at {step}", step / 7)
         for step in (0, 10, 20)
         for number in range(30)
     ]
     half = answered(30, "prompt 0", "answer 0 at 30", 1.0)
-    (folder.stage("pretrain").path / "validation.jsonl").write_text("".join([*lines, half, '{"st']))
-    text = written(folder)
+    file = learning.stage("learning").path / "validation.jsonl"
+    file.write_text("".join([*lines, half, '{"st']))
+    text = written(learning)
     for number in range(8):
         assert f"prompt {number}<" in text
         for step, reward in ((0, "reward 0 · people 0 · mine -1"), (20, "2.857 · people 5.714")):
@@ -208,27 +229,27 @@ def test_held_out_prompts_show_their_first_answer_and_their_last(folder: RunFold
     assert " at 10<" not in text and " at 30<" not in text, "which is not whole"
 
 
-def test_the_best_and_the_worst_sampled_answers_are_shown(folder: RunFolder) -> None:
-    begin(folder, "pretrain")
+def test_the_best_and_the_worst_sampled_answers_are_shown(learning: RunFolder) -> None:
+    begin(learning, "learning")
     lines = [
         answered(step, "prompt", f"answer of {step}, {number}", float((number * 7) % 16))
         for step in (10, 20)
         for number in range(16)
     ]
-    (folder.stage("pretrain").path / "samples.jsonl").write_text("".join(lines))
-    text = written(folder)
+    (learning.stage("learning").path / "samples.jsonl").write_text("".join(lines))
+    text = written(learning)
     shown = [int(number) for number in re.findall(r"answer of 20, (\d+)<", text)]
     assert [(number * 7) % 16 for number in shown] == [15, 14, 13, 2, 1, 0]
     assert "answer of 10" not in text
 
 
-def test_long_answers_are_cut_and_none_is_markup(folder: RunFolder) -> None:
-    begin(folder, "pretrain")
+def test_long_answers_are_cut_and_none_is_markup(learning: RunFolder) -> None:
+    begin(learning, "learning")
     attack = "<script>alert(1)</script>"
     lines = answered(0, attack, attack + "x" * 100_000, 1.0)
     for name in ("validation.jsonl", "samples.jsonl"):
-        (folder.stage("pretrain").path / name).write_text(lines)
-    text = written(folder)
+        (learning.stage("learning").path / name).write_text(lines)
+    text = written(learning)
     assert "script" not in Page(text).tags
     assert text.count("&lt;script&gt;") == 4
     assert len(text) < 50_000

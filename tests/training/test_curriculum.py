@@ -44,6 +44,9 @@ RECIPE = [
     "stages.pretrain.validation.samples=4",
     "stages.pretrain.checkpoint={every: 3, keep: 4}",
     "stages.evaluation.corpus=corpus",
+    "stages.quantized.calibration.corpus=corpus",
+    "stages.schemes.calibration.corpus=corpus",
+    "stages.schemes.measured_on.corpus=corpus",
 ]
 
 
