@@ -44,9 +44,8 @@ RECIPE = [
     "stages.pretrain.validation.samples=4",
     "stages.pretrain.checkpoint={every: 3, keep: 4}",
     "stages.evaluation.corpus=corpus",
-    "stages.quantized.calibration.corpus=corpus",
-    "stages.schemes.calibration.corpus=corpus",
-    "stages.schemes.measured_on.corpus=corpus",
+    "stages.quantized.corpus=corpus",
+    "stages.schemes.corpus=corpus",
 ]
 
 
