@@ -44,6 +44,13 @@ LEARNING = """
     optimizer: {learning_rate: 1.0e-3}
     steps: 30
 """
+COMPARING = """
+  schemes:
+    kind: compare
+    model: pretrain
+    schemes: [int8-weight]
+    measured_on: {split: validation}
+"""
 VOID = {"meta", "br", "path", "use"}
 
 
@@ -227,6 +234,20 @@ def test_held_out_prompts_show_their_first_answer_and_their_last(learning: RunFo
             assert f"answer {number} at {step}<" in text and reward in text
     assert "prompt 8<" not in text, "few of them"
     assert " at 10<" not in text and " at 30<" not in text, "which is not whole"
+
+
+def test_schemes_that_were_compared_are_drawn_and_told(folder: RunFolder) -> None:
+    folder.recipe_file.write_text(RECIPE + COMPARING.strip("\n"), encoding="utf-8")
+    figures = {"original": (538.0, 22.5), "int8-weight": (134.5, 22.75)}
+    rows = [
+        {"scheme": name, "megabytes": size, "perplexity": perplexity}
+        for name, (size, perplexity) in figures.items()
+    ]
+    begin(folder, "schemes", metrics={row["scheme"]: row for row in rows})
+    write_json(folder.stage("schemes").path / "comparison.json", rows)
+    text = written(folder)
+    assert "<figcaption>Size and perplexity</figcaption>" in text
+    assert '<th scope="row">int8-weight</th><td class="number">134.50</td>' in text
 
 
 def test_the_best_and_the_worst_sampled_answers_are_shown(learning: RunFolder) -> None:
