@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmscale.parallel.exchange import CORES_VARIABLE
-from tests.ranks import run_recipe
+from tests.ranks import processes_of, run_recipe
 from tests.small import FEW_TEXTS
 
 # Threads that spin while they wait for a core cost small models several times their own work.
@@ -32,6 +35,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-layouts", action="store_true", help="prove all layouts, not few that show as much"
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends what a failed test leaves running in its folder, where it would slow all others."""
+    marked = any(map(request.node.get_closest_marker, ("ranks", "slurm", "ray")))
+    folder = request.getfixturevalue("tmp_path") if marked else None
+    yield
+    for process in processes_of(folder) if folder else ():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(scope="session")

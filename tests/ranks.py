@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from llmscale.artifacts import RunFolder, StageFolder, write_json
 from llmscale.clusters.base import Job, Task
 from llmscale.clusters.local import PRELOADED, LocalCluster
@@ -59,6 +61,16 @@ def kill_a_rank_after(stage: StageFolder, step: int, number: int = 0) -> None:
     said = stage.log_file(number).read_text()
     rank = int(re.findall(rf"train: rank {number} of \d+, process (\d+)", said)[-1])
     os.kill(rank, signal.SIGKILL)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Every process whose call names a folder, or what is in it."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if re.search(rf"{folder}\b", " ".join(process.info["cmdline"] or []))
+        and process.pid != os.getpid()
+    ]
 
 
 def cut_off_after(stage: StageFolder, step: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -89,13 +88,3 @@ def actor_of(rank: psutil.Process) -> psutil.Process:
     actor = rank.parent()
     assert actor is not None and "ray::RankActor" in " ".join(actor.cmdline()), actor
     return actor
-
-
-def processes_of(run: Path) -> list[psutil.Process]:
-    """Every process that was started for a run."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if re.search(rf"{run}\b", " ".join(process.info["cmdline"] or []))
-        and process.pid != os.getpid()
-    ]

@@ -18,12 +18,12 @@ from tests.cluster.ray.runs import (
     ended,
     environment,
     llmscale,
-    processes_of,
     status,
     submit,
 )
 from tests.cluster.runs import ON_ONE, SMALL, UP_TO_TRAINING, Curve, curve, steps, until
 from tests.conftest import QUICKSTART, ROOT
+from tests.ranks import processes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
