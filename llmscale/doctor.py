@@ -80,6 +80,7 @@ OPTIONAL = (
         "git+https://github.com/NVIDIA/apex",
     ),
     OptionalPackage("deepspeed", "deepspeed", "the DeepSpeed engine", "pip install deepspeed"),
+    OptionalPackage("vllm", "vllm", "a policy's answers by vLLM", "pip install 'llmscale[vllm]'"),
     OptionalPackage("ray", "ray", "running on Ray, and PPO", "pip install 'ray[default]'"),
     OptionalPackage(
         "submitit", "submitit", "submitting to SLURM from Python", "pip install submitit"

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from llmscale.artifacts import write_text
-from llmscale.clusters.devices import cuda_present, require_device, require_engine
+from llmscale.clusters.devices import cuda_present, require_device
 from llmscale.errors import MachineError, RecipeError
 from llmscale.launch import Request, run_pipeline
 from llmscale.recipe.sweep import in_words
@@ -51,7 +51,7 @@ class LocalLaunch:
             if isinstance(stage, TrainedStage)
         ]
         for _, stage in trained:
-            require_engine(stage.engine)
+            stage.require_packages()
         in_fp8 = [name for name, stage in trained if stage.precision == "fp8"]
         if in_fp8 and not cuda_present():
             raise MachineError(

@@ -123,6 +123,7 @@ def learning_setup(recipe: Recipe, stage: Ppo, device: Device, gpus: int) -> Lea
         samples=stage.rollout.samples,
         answer_tokens=stage.rollout.max_new_tokens,
         rollout_batch=stage.rollout.batch,
+        vllm=stage.rollout.engine == "vllm",
         passes=stage.update.passes,
         ahead=stage.rollout.ahead,
     )

@@ -53,6 +53,8 @@ class LearningSetup:
         answer_tokens: tokens that an answer has at most.
         rollout_batch: answers that a rank generates at a time.
         passes: over an iteration's answers.
+        vllm: whether vLLM answers: it keeps room for a whole batch of keys and values at all
+            times, and its kernels are started as one graph.
         ahead: whether the next answers are begun before an update.
     """
 
@@ -63,6 +65,7 @@ class LearningSetup:
     answer_tokens: int
     rollout_batch: int
     passes: int
+    vllm: bool = False
     ahead: bool = False
 
     @property
@@ -135,13 +138,16 @@ def _group_memory(setup: LearningSetup, group: RoleGroup, learns: bool) -> RoleM
     needs = [memory(each) for each in setup.trained] if learns else []
     buffers = PROCESS_BYTES if policy.device.generation == "cpu" else CONTEXT_BYTES
     working = [need.activations + need.logits for need in needs]
-    if group.answers:
+    rollout = whole_bytes(policy) if group.answers else 0.0
+    if group.answers and setup.vllm:
+        rollout += setup.rollout_batch * cached_bytes(policy)
+    elif group.answers:
         working.append(generation_bytes(setup))
     return RoleMemory(
         policy=needs[0].state if learns else 0.0,
         critic=needs[1].state if learns and setup.critic is not None else 0.0,
         reference=0.0 if group.reference is None else _weight_bytes(group.reference),
-        rollout=whole_bytes(policy) if group.answers else 0.0,
+        rollout=rollout,
         rewards=sum(map(whole_bytes, group.scorers)),
         working=max(working, default=0.0),
         buffers=max([buffers, *(need.buffers for need in needs)]),
@@ -154,14 +160,16 @@ def whole_bytes(setup: Setup) -> float:
 
 
 def generation_bytes(setup: LearningSetup) -> float:
-    """Keys and values of a batch of answers, and the logits of their next tokens.
+    """Keys and values of a batch of answers, and the logits of their next tokens."""
+    logits = 4.0 * FP32_LOGITS * setup.policy.vocabulary
+    return setup.generated * (cached_bytes(setup.policy) + logits)
 
-    Two vectors of ``key-value heads x head size`` a token and layer.
-    """
-    policy, model = setup.policy, setup.policy.architecture
+
+def cached_bytes(policy: Setup) -> float:
+    """Keys and values of a sequence: ``key-value heads x head size`` each a token and layer."""
+    model = policy.architecture
     token = 2 * model.groups * model.head * model.layers * policy.weight_bytes
-    logits = 4.0 * FP32_LOGITS * policy.vocabulary
-    return setup.generated * (policy.sequence_length * token + logits)
+    return float(policy.sequence_length * token)
 
 
 def iteration_time(setup: LearningSetup, constants: Constants) -> IterationTime:
@@ -186,11 +194,11 @@ def iteration_time(setup: LearningSetup, constants: Constants) -> IterationTime:
 
 
 def rollout_seconds(setup: LearningSetup, constants: Constants) -> float:
-    """Of a rank's answers by transformers' generation, batch after batch.
+    """Of a rank's answers, batch after batch.
 
     Prompts are read in one pass. Then a token costs the reading of all weights and of the keys and
-    values so far, or the arithmetic of the batch, or the Python between the kernels: the most of
-    the three (Pope et al. 2023, section 2).
+    values so far, or the arithmetic of the batch, or with transformers the Python between the
+    kernels: the most of the three (Pope et al. 2023, section 2).
     """
     policy, model = setup.policy, setup.policy.architecture
     machine = Machine(policy.device, constants)
@@ -199,7 +207,8 @@ def rollout_seconds(setup: LearningSetup, constants: Constants) -> float:
     cached = generation_bytes(setup) * (prompt + setup.answer_tokens / 2) / policy.sequence_length
     moved = machine.move(whole_bytes(policy) + cached)
     flops = 2.0 * model.parameters(policy.vocabulary) * setup.generated
-    python = 0.0 if policy.device.generation == "cpu" else EAGER_LAYER_SECONDS * model.layers
+    eager = policy.device.generation != "cpu" and not setup.vllm
+    python = EAGER_LAYER_SECONDS * model.layers if eager else 0.0
     token = max(moved, flops / machine.rate(policy.number), python)
     batches = setup.rank_samples(setup.answering) / setup.generated
     return batches * (forward_seconds(reading, constants) + setup.answer_tokens * token)

@@ -7,13 +7,13 @@ from llmscale.errors import Interrupted, LlmscaleError
 from llmscale.parallel.bridge import Bridge
 from llmscale.rlhf.remote import Failure, Request, sent_weights
 from llmscale.rlhf.roles import Reference, Scorers
-from llmscale.rlhf.rollout import TransformersRollout
+from llmscale.rlhf.rollout import SharedRollout
 
 Task = Callable[..., Any]
 
 
 def tasks(
-    rollout: TransformersRollout | None,
+    rollout: SharedRollout | None,
     reference: Reference | None,
     scorers: Scorers | None,
     bridge: Bridge,

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from llmscale.settings import NOT_IDENTITY, Problem, Settings
 
 AlgorithmName = Literal["ppo", "grpo", "rloo", "reinforce"]
+RolloutEngineName = Literal["transformers", "vllm"]
 OF_GROUPS: tuple[AlgorithmName, ...] = ("grpo", "rloo")
 """Those that compare the answers to one prompt with each other."""
 
@@ -22,7 +23,7 @@ class Rollout(Settings):
     section 4.1): a policy of more than one update ago never answers.
     """
 
-    engine: Literal["transformers"] = "transformers"
+    engine: RolloutEngineName = "transformers"
     prompts: PositiveInt
     answers: PositiveInt = 1
     max_new_tokens: PositiveInt

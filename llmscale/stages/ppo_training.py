@@ -23,7 +23,9 @@ from llmscale.rlhf.lesson import Lesson
 from llmscale.rlhf.prompts import PromptOrder
 from llmscale.rlhf.remote import Remote, RemoteReference, RemoteRollout, RemoteScorers
 from llmscale.rlhf.roles import OwnReference, Reference, Roles
-from llmscale.rlhf.rollout import AnswerForm, TransformersRollout
+from llmscale.rlhf.rollout import AnswerEngine, AnswerForm, SharedRollout
+from llmscale.rlhf.rollout_transformers import TransformersEngine
+from llmscale.rlhf.rollout_vllm import VllmEngine
 from llmscale.rlhf.scoring import (
     CalledScorer,
     ModelScorer,
@@ -33,6 +35,7 @@ from llmscale.rlhf.scoring import (
     function_named,
 )
 from llmscale.rlhf.service import serve, tasks
+from llmscale.rlhf.settings import RolloutEngineName
 from llmscale.settings import choices
 from llmscale.stages import tuning
 from llmscale.stages.base import Workspace
@@ -45,6 +48,11 @@ from llmscale.stages.tuned import ABOUT_EXAMPLES
 from llmscale.training.checkpoint import Checkpoints, TrainingState
 from llmscale.training.engine import Engine
 from llmscale.training.signals import StopRequest, listening
+
+ANSWER_ENGINES: Mapping[RolloutEngineName, Callable[..., AnswerEngine]] = {
+    "transformers": TransformersEngine,
+    "vllm": VllmEngine,
+}
 
 
 def learn_from_rewards(stage: Ppo, workspace: Workspace) -> None:
@@ -222,7 +230,7 @@ def _critic(stage: Ppo, workspace: Workspace, folder: Path) -> TrainedModel:
     )
 
 
-def _rollout(stage: Ppo, workspace: Workspace) -> TransformersRollout:
+def _rollout(stage: Ppo, workspace: Workspace) -> SharedRollout:
     about, start = _about(workspace), _policy_folder(workspace)
     form = AnswerForm(
         temperature=stage.rollout.temperature,
@@ -230,9 +238,12 @@ def _rollout(stage: Ppo, workspace: Workspace) -> TransformersRollout:
         ends=tuple(about["ends"]),
         padding=about["padding"],
         batch=stage.rollout.batch,
+        length=tuning.room(stage, start),
     )
-    dtype = DTYPES[stage.precision]
-    return TransformersRollout(start, load_tokenizer(start), form, dtype, workspace.device)
+    engine = ANSWER_ENGINES[stage.rollout.engine](
+        start, form, DTYPES[stage.precision], workspace.device
+    )
+    return SharedRollout(engine, load_tokenizer(start), form)
 
 
 def _scorers(stage: Ppo, workspace: Workspace) -> WeighedScorers:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from llmscale.clusters.base import ClusterSettings, Task
+from llmscale.clusters.devices import require_engine
 from llmscale.models.architecture import Architecture
 from llmscale.parallel.layout import Layout
 from llmscale.settings import NOT_IDENTITY, Problem, under
@@ -52,6 +53,14 @@ class TrainedStage(Stage):
     def imports(self) -> tuple[str, ...]:
         own = ("llmscale.training.deepspeed_engine",) if self.engine == "deepspeed" else ()
         return (*super().imports(), *own)
+
+    def require_packages(self) -> None:
+        """Checks that the packages of its engines are here.
+
+        Raises:
+            MachineError: if one is not.
+        """
+        require_engine(self.engine)
 
     def training_problems(
         self, architecture: Architecture, cluster: ClusterSettings, sequence_length: int | None

@@ -41,7 +41,7 @@ def test_each_role_needs_what_its_weights_and_optimizer_are() -> None:
     head = 128256 * 4096
     assert need.critic == pytest.approx((6 + 12 / 4) * (PARAMETERS - head) / 8, rel=0.01)
     assert need.reference == pytest.approx(2 * rank, rel=0.01)
-    assert need.rollout == 2 * PARAMETERS
+    assert need.rollout == pytest.approx(2 * PARAMETERS + 16 * 2048 * 128 * 1024), "vLLM's cache"
     assert need.rewards == pytest.approx(2 * (PARAMETERS - head), rel=1e-5)
     assert need.total == pytest.approx(sum(vars(need).values()))
 
@@ -49,6 +49,15 @@ def test_each_role_needs_what_its_weights_and_optimizer_are() -> None:
 def test_keys_and_values_of_llama3_8b_take_128_kib_a_token() -> None:
     setup = llama3("stages.ppo.rollout.batch=16")
     assert generation_bytes(setup) == pytest.approx(16 * 2048 * 128 * 1024, rel=0.01)
+
+
+def test_vllm_keeps_its_cache_and_waits_for_no_python() -> None:
+    vllm, transformers = llama3(), llama3("stages.ppo.rollout.engine=transformers")
+    kept, freed = learning_memory(vllm)["policy"], learning_memory(transformers)["policy"]
+    assert kept.rollout > freed.rollout == 2 * PARAMETERS
+    faster, slower = iteration_time(vllm, Constants()), iteration_time(transformers, Constants())
+    assert faster.rollout < slower.rollout
+    assert replace(faster, rollout=slower.rollout) == slower
 
 
 def test_without_critic_and_reference_nothing_is_kept_for_them() -> None:

@@ -106,7 +106,8 @@ def sampled(job: Job, rank: int, rendezvous: str) -> None:
     from llmscale.models.huggingface_config import read_architecture
     from llmscale.models.stored_weights import HuggingFaceWeights
     from llmscale.parallel.layout import Layout
-    from llmscale.rlhf.rollout import AnswerForm, TransformersRollout
+    from llmscale.rlhf.rollout import AnswerForm, SharedRollout
+    from llmscale.stages.ppo_training import ANSWER_ENGINES
     from llmscale.training.megatron_engine import MegatronEngine
     from llmscale.training.settings import Optimizer
     from tests.ranks import joined
@@ -115,7 +116,12 @@ def sampled(job: Job, rank: int, rendezvous: str) -> None:
     folder, layout = Path(given["model"]), Layout(**given["layout"])
     tokenizer = load_tokenizer(folder)
     form = AnswerForm(
-        temperature=given["temperature"], most=8, ends=(3,), padding=0, batch=given["batch"]
+        temperature=given["temperature"],
+        most=8,
+        ends=(3,),
+        padding=0,
+        batch=given["batch"],
+        length=64,
     )
     prompts = [
         Prompt(text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
@@ -125,7 +131,8 @@ def sampled(job: Job, rank: int, rendezvous: str) -> None:
         architecture = read_architecture(folder)
         engine = MegatronEngine(architecture, 30, layout, Optimizer(learning_rate=1.0))
         fill(engine.chunks, architecture, 30, HuggingFaceWeights(folder))
-        rollout = TransformersRollout(folder, tokenizer, form, torch.float32, "cpu")
+        sampling = ANSWER_ENGINES[given["engine"]](folder, form, torch.float32, "cpu")
+        rollout = SharedRollout(sampling, tokenizer, form)
         rollout.synchronize(engine.whole_weights())
         answers = rollout.answers(prompts, given["keys"])
     told = [

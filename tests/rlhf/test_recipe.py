@@ -1,5 +1,6 @@
 """The shipped recipes: one made small and run to its judge, one of real size shown and planned."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_the_shipped_chain_runs_from_sentences_to_a_judged_policy(tmp_path: Path
         assert -1 <= line["validation_reward_judge"] <= 1
     assert read_json(stage.manifest_file)["status"] == "finished"
     assert (stage.hf / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_a_run_that_needs_it_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    refused = llmscale("run", RLHF, "stages.ppo.rollout.engine=vllm", "--run-dir", run)
+    assert refused.returncode == 3
+    assert refused.stderr.startswith("rollout.engine vllm: the package vllm is missing")
+    assert "pip install 'llmscale[vllm]', or use engine transformers" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert not (run / "sentences").exists(), "nothing was begun"
 
 
 @pytest.mark.parametrize("placement", ["colocated", "separate"])

@@ -1,6 +1,7 @@
 """Answers: sampled from the policy's own distribution, whatever the batch and the ranks."""
 
 import collections
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,24 @@ KEYS = [11, 12, 13, 14, 15, 12, 17]
 TEMPERATURE = 0.6
 
 
+WITH_VLLM = pytest.param(
+    "vllm",
+    marks=pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return letters_model(tmp_path_factory.mktemp("letters") / "model")
+    return letters_model(tmp_path_factory.mktemp("letters") / "model", heads=2)
 
 
-def answers(model: Path, folder: Path, ranks: int, batch: int, **layout: int) -> Any:
+def answers(model: Path, folder: Path, engine: str, ranks: int, batch: int, **layout: int) -> Any:
     return run_ranks(
         sampled,
         ranks,
         folder,
         model=str(model),
+        engine=engine,
         layout=layout,
         temperature=TEMPERATURE,
         batch=batch,
@@ -37,12 +45,13 @@ def answers(model: Path, folder: Path, ranks: int, batch: int, **layout: int) ->
     )
 
 
+@pytest.mark.parametrize("engine", ["transformers", WITH_VLLM])
 def test_an_answer_depends_on_its_key_alone_not_on_batch_or_layout(
-    model: Path, tmp_path: Path
+    engine: str, model: Path, tmp_path: Path
 ) -> None:
-    alone = answers(model, tmp_path / "alone", 1, batch=1)
-    together = answers(model, tmp_path / "together", 1, batch=7)
-    split = answers(model, tmp_path / "split", 4, batch=2, tensor=2, pipeline=2)
+    alone = answers(model, tmp_path / "alone", engine, 1, batch=1)
+    together = answers(model, tmp_path / "together", engine, 1, batch=7)
+    split = answers(model, tmp_path / "split", engine, 4, batch=2, tensor=2, pipeline=2)
     for other in (together, split):
         assert [one["tokens"] for one in other] == [one["tokens"] for one in alone]
     assert alone[1]["tokens"] == alone[5]["tokens"], "one prompt, one key"

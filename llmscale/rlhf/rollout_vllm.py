@@ -1,0 +1,103 @@
+"""Answers by vLLM, in each rank's own process."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmscale.clusters.devices import require_rollout
+from llmscale.data.prompts import Prompt
+from llmscale.models.huggingface_config import read_architecture
+from llmscale.rlhf.rollout import AnswerForm, Sampled
+
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM is told unless the user tells it something else."""
+LARGEST_BLOCK = 128
+"""Tokens of a sequence whose keys and values vLLM keeps together, at most."""
+
+
+class VllmEngine:
+    """A copy of the policy in vLLM (Kwon et al. 2023), whole on its rank.
+
+    Args:
+        folder: whose ``config.json`` says what the model is; its weights are not read.
+
+    Raises:
+        MachineError: if vLLM is not installed.
+    """
+
+    def __init__(self, folder: Path, form: AnswerForm, dtype: torch.dtype, device: str) -> None:
+        require_rollout("vllm")
+        self.device = torch.device(device)
+        self._form = form
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        with patch.dict(os.environ, {"RANK": str(dist.get_rank())}):
+            from vllm import LLM
+
+            self._llm: Any = LLM(
+                model=str(folder),
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                load_format="dummy",
+                dtype=str(dtype).removeprefix("torch."),
+                distributed_executor_backend="external_launcher",
+                enforce_eager=device == "cpu",
+                max_model_len=form.length,
+                max_num_seqs=form.batch,
+                kv_cache_memory_bytes=cache_bytes(folder, form, dtype),
+                gpu_memory_utilization=0.01,
+                enable_prefix_caching=False,
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+            )
+
+    def take(self, weights: Iterator[tuple[str, Tensor]]) -> list[str]:
+        """Takes the policy's weights. vLLM merges and packs them, so that none is compared."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        return []
+
+    def sampled(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[Sampled]:
+        """What follows each prompt, by its key."""
+        from vllm import SamplingParams
+
+        form = self._form
+        given = [{"prompt_token_ids": list(prompt.tokens)} for prompt in prompts]
+        wanted = [
+            SamplingParams(
+                seed=key,
+                temperature=form.temperature,
+                max_tokens=form.most,
+                stop_token_ids=list(form.ends),
+                ignore_eos=True,
+                logprobs=0,
+                detokenize=False,
+            )
+            for key in keys
+        ]
+        made = [one.outputs[0] for one in self._llm.generate(given, wanted, use_tqdm=False)]
+        return [
+            Sampled(
+                list(one.token_ids),
+                [at[token].logprob for at, token in zip(one.logprobs, one.token_ids, strict=True)],
+            )
+            for one in made
+        ]
+
+
+def cache_bytes(folder: Path, form: AnswerForm, dtype: torch.dtype) -> int:
+    """What keys and values of a batch of the longest sequences take, in whole blocks."""
+    model = read_architecture(folder)
+    blocks = -(-form.length // LARGEST_BLOCK) * form.batch + 1
+    numbers = 2 * model.layers * model.groups * model.head
+    return blocks * LARGEST_BLOCK * numbers * dtype.itemsize
