@@ -43,8 +43,7 @@ def _everywhere(
     whole_ns = torch.full((count, length), -math.inf, device=engine.device)
     for own, output in zip(dealt, engine.outputs(batches), strict=False):
         output_bs = output.float().reshape(len(own), length)
-        for row, number in enumerate(own):
-            if number < count:
-                whole_ns[number] = output_bs[row].nan_to_num(nan=math.inf)
+        kept = [row for row, number in enumerate(own) if number < count]
+        whole_ns[[own[row] for row in kept]] = output_bs[kept].nan_to_num(nan=math.inf)
     dist.all_reduce(whole_ns, op=dist.ReduceOp.MAX)
     return whole_ns

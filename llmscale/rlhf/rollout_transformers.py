@@ -50,7 +50,7 @@ class TransformersEngine:
             found += self._generated(prompts[some], keys[some])
         return found
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _generated(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[Sampled]:
         form = self._form
         longest = max(len(prompt.tokens) for prompt in prompts)
@@ -59,7 +59,7 @@ class TransformersEngine:
         for row, prompt in enumerate(prompts):
             tokens_bs[row, longest - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
             mask_bs[row, longest - len(prompt.tokens) :] = 1
-        sampler = NumberedSampler(keys, form.temperature, self.device)
+        sampler = NumberedSampler(keys, form.temperature, form.most, self.device)
         output_bt = self.model.generate(
             tokens_bs.to(self.device),
             attention_mask=mask_bs.to(self.device),

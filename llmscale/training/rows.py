@@ -5,9 +5,11 @@ Shape legend: b rows, s tokens a row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmscale.data.chat import Example
@@ -56,29 +58,28 @@ class RowForm:
     def rows(self, samples: Sequence[Sequence[Example]], length: int, device: torch.device) -> Rows:
         """A row for every sample; its examples follow each other, positions begin anew."""
         shape = len(samples), length
-        rows = Rows(
-            torch.full(shape, self.padding, dtype=torch.int64),
-            torch.full(shape, self.padding, dtype=torch.int64),
-            torch.zeros(shape, dtype=torch.float32),
-            torch.zeros(shape, dtype=torch.int64),
-            torch.zeros(shape, dtype=torch.int32),
+        columns = (
+            np.full(shape, self.padding, dtype=np.int64),
+            np.full(shape, self.padding, dtype=np.int64),
+            np.zeros(shape, dtype=np.float32),
+            np.zeros(shape, dtype=np.int64),
+            np.zeros(shape, dtype=np.int32),
         )
         for number, examples in enumerate(samples):
-            _fill(rows, number, examples)
-        return Rows(*(column.to(device) for column in vars(rows).values()))
+            _fill([column[number] for column in columns], examples)
+        return Rows(*(torch.from_numpy(column).to(device) for column in columns))
 
 
-def _fill(rows: Rows, row: int, examples: Sequence[Example]) -> None:
-    first, length = 0, rows.tokens_bs.shape[1]
+def _fill(row: Sequence[NDArray[Any]], examples: Sequence[Example]) -> None:
+    tokens_s, labels_s, mask_s, positions_s, segments_s = row
+    first = 0
     for segment, example in enumerate(examples):
         end = first + len(example)
-        tokens_n = torch.from_numpy(np.asarray(example.tokens_n, dtype=np.int64))
-        learned_n = torch.from_numpy(np.asarray(example.learned_n, dtype=np.float32))
-        rows.tokens_bs[row, first:end] = tokens_n
-        rows.labels_bs[row, first : end - 1] = tokens_n[1:]
-        rows.mask_bs[row, first : end - 1] = learned_n[1:]
-        rows.positions_bs[row, first:end] = torch.arange(len(example))
-        rows.segments_bs[row, first:end] = segment
+        tokens_s[first:end] = example.tokens_n
+        labels_s[first : end - 1] = example.tokens_n[1:]
+        mask_s[first : end - 1] = example.learned_n[1:]
+        positions_s[first:end] = np.arange(len(example))
+        segments_s[first:end] = segment
         first = end
-    rows.positions_bs[row, first:] = torch.arange(length - first)
-    rows.segments_bs[row, first:] = len(examples)
+    positions_s[first:] = np.arange(len(tokens_s) - first)
+    segments_s[first:] = len(examples)

@@ -72,7 +72,7 @@ def test_an_answer_depends_on_its_key_alone_not_on_batch_or_layout(
 def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     draws = 20_000
-    sampler = NumberedSampler(range(draws), temperature=2.0)
+    sampler = NumberedSampler(range(draws), temperature=2.0, most=1)
     drawn = sampler(torch.zeros(draws, 1), logits.expand(draws, 4)).argmax(1)
     counts = collections.Counter(drawn.tolist())
     expected = (logits / 2).softmax(0) * draws
