@@ -34,16 +34,6 @@ def require_engine(engine: str) -> None:
         require_package("engine deepspeed", engine, "deepspeed", "use engine megatron")
 
 
-def require_rollout(engine: str) -> None:
-    """Checks that the package that samples answers is here.
-
-    Raises:
-        MachineError: if it is not.
-    """
-    if engine == "vllm":
-        require_package("rollout.engine vllm", engine, "vllm", "use engine transformers")
-
-
 def require_quantization() -> None:
     """Checks that the package that packs weights into four bits is here.
 

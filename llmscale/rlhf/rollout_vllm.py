@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmscale.clusters.devices import require_rollout
 from llmscale.data.prompts import Prompt
 from llmscale.models.huggingface_config import read_architecture
 from llmscale.rlhf.rollout import AnswerForm, Sampled
@@ -30,13 +29,9 @@ class VllmEngine:
 
     Args:
         folder: whose ``config.json`` says what the model is; its weights are not read.
-
-    Raises:
-        MachineError: if vLLM is not installed.
     """
 
     def __init__(self, folder: Path, form: AnswerForm, dtype: torch.dtype, device: str) -> None:
-        require_rollout("vllm")
         self.device = torch.device(device)
         self._form = form
         for name, value in ENVIRONMENT.items():

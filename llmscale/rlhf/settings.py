@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from llmscale.packages import require_package
 from llmscale.settings import NOT_IDENTITY, Problem, Settings
 
 AlgorithmName = Literal["ppo", "grpo", "rloo", "reinforce"]
@@ -37,6 +38,15 @@ class Rollout(Settings):
     def samples(self) -> int:
         """Answers an iteration."""
         return self.prompts * self.answers
+
+    def require_package(self) -> None:
+        """Checks that the package that samples answers is here.
+
+        Raises:
+            MachineError: if it is not.
+        """
+        if self.engine == "vllm":
+            require_package("rollout.engine vllm", "vllm", "vllm", "use engine transformers")
 
 
 class Kl(Settings):

@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmscale.clusters.base import ClusterSettings
-from llmscale.clusters.devices import require_rollout
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture, read_vocabulary
@@ -169,7 +168,7 @@ class Ppo(TunedStage):
 
     def require_packages(self) -> None:
         super().require_packages()
-        require_rollout(self.rollout.engine)
+        self.rollout.require_package()
 
     def imports(self) -> tuple[str, ...]:
         return (*super().imports(), "llmscale.stages.ppo_training")

@@ -240,6 +240,7 @@ def _rollout(stage: Ppo, workspace: Workspace) -> SharedRollout:
         batch=stage.rollout.batch,
         length=tuning.room(stage, start),
     )
+    stage.rollout.require_package()
     engine = ANSWER_ENGINES[stage.rollout.engine](
         start, form, DTYPES[stage.precision], workspace.device
     )
