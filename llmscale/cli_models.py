@@ -152,6 +152,7 @@ def quantize(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="With zero points, in 4 bits.")
     ] = False,
+    observer: Annotated[str, typer.Option(help="How scales are found: mse, minmax.")] = "mse",
     bits: Annotated[
         float | None, typer.Option(min=4.05, max=8, help="A weight on average, of mixed.")
     ] = None,
@@ -184,6 +185,7 @@ def quantize(
     options = {
         "group_size": group_size,
         "symmetric": not asymmetric,
+        "observer": observer,
         "bits": bits,
         "key_value_cache": key_value_cache,
     }

@@ -88,11 +88,14 @@ def find_grid(
 
     Args:
         importance_i: what a column's squared error counts, such as its inputs' mean square.
-        shrinking: the parts of the range that are tried.
+        shrinking: the parts of the range that are tried; with the format's observer ``minmax``
+            it is the whole.
     """
+    if form.observer == "minmax":
+        shrinking = (1.0,)
     group_size = group_size or weight_oi.shape[1]
     if importance_i is None:
-        importance_i = torch.ones(weight_oi.shape[1])
+        importance_i = torch.ones(weight_oi.shape[1], device=weight_oi.device)
     importance_gw = importance_i.reshape(-1, group_size)
     parts = [
         _grid_of_rows(rows.unflatten(1, (-1, group_size)), form, dtype, importance_gw, shrinking)

@@ -15,17 +15,22 @@ GROUP_SIZES = (128, 64, 32)
 MIXED_BITS = 5.0
 
 
+Observer = Literal["mse", "minmax"]
+
+
 @dataclass(frozen=True)
 class WeightFormat:
     """How the weights of a linear layer are stored.
 
-    A ``group`` has a scale for so many columns of a row, a ``channel`` one for a row.
+    A ``group`` has a scale for so many columns of a row, a ``channel`` one for a row. By ``mse``
+    its range is the one of least squared error, by ``minmax`` as far as its weights reach.
     """
 
     bits: int
     granularity: Literal["channel", "group"]
     number: Literal["int", "float"] = "int"
     symmetric: bool = True
+    observer: Observer = "mse"
 
     def stored_bits(self, columns: int, group_size: int | None) -> float:
         """Bits that a weight takes, its part of a 16-bit scale and of a zero point counted."""
@@ -85,6 +90,12 @@ class Scheme:
     def loaded_by(self) -> str:
         """What reads the folder."""
         return "Transformers, vLLM"
+
+    @property
+    def plain(self) -> bool:
+        """Whether weights are rounded to the nearest integers, and that is all."""
+        changed = self.scaling or self.rounding != "nearest" or self.library_type
+        return not changed and self.weights.number == "int"
 
     @property
     def grouped(self) -> bool:
@@ -153,14 +164,16 @@ class Quantization(Settings):
     """How a model is quantized.
 
     ``group_size`` is by default the largest of 128, 64 and 32 that divides every layer's inputs;
-    groups that are not ``symmetric`` have a zero point each. ``bits`` is what a weight of ``mixed``
-    takes on average, scales and zero points counted. With ``key_value_cache`` keys and values have
-    scales too, for a cache of 8 bits, from the texts of the calibration.
+    groups that are not ``symmetric`` have a zero point each. By the observer ``minmax`` a scale is
+    found at once, as in quantization-aware training. ``bits`` is what a weight of ``mixed`` takes
+    on average, scales and zero points counted. With ``key_value_cache`` keys and values have scales
+    too, for a cache of 8 bits, from the texts of the calibration.
     """
 
     scheme: SchemeName
     group_size: PositiveInt | None = None
     symmetric: bool = True
+    observer: Observer = "mse"
     bits: float | None = Field(default=None, gt=4, le=8)
     key_value_cache: CacheNumber | None = None
 
@@ -172,7 +185,7 @@ class Quantization(Settings):
     def composition(self) -> Scheme:
         """The scheme's parts."""
         scheme = SCHEMES[self.scheme]
-        weights = replace(scheme.weights, symmetric=self.symmetric)
+        weights = replace(scheme.weights, symmetric=self.symmetric, observer=self.observer)
         return replace(scheme, weights=weights, cache=self.key_value_cache)
 
     @property
@@ -190,6 +203,9 @@ class Quantization(Settings):
                 yield "group_size", f"{self.scheme} has no groups; remove it, or use {grouped}"
             if not self.symmetric:
                 yield "symmetric", f"{self.scheme} has no zero points; remove it, or use {grouped}"
+        if self.observer != "mse" and not SCHEMES[self.scheme].plain:
+            plain = choices([name for name, scheme in SCHEMES.items() if scheme.plain])
+            yield "observer", f"{self.scheme} searches its ranges; remove it, or use {plain}"
         if self.bits is not None and SCHEMES[self.scheme].wider is None:
             yield "bits", f"{self.scheme} has bits of its own; remove it, or use mixed"
         if self.key_value_cache and SCHEMES[self.scheme].library_type:
@@ -197,6 +213,22 @@ class Quantization(Settings):
                 "key_value_cache",
                 f"{self.scheme} has no scales for it; remove it, or use int8-weight",
             )
+
+
+class QuantizationAware(Settings):
+    """Training whose weights are rounded, wherever the model computes, as ``scheme`` stores them.
+
+    ``group_size`` and ``symmetric`` are as where the model is quantized, with the observer
+    ``minmax``: a search of ranges at every step would take longer than the step.
+    """
+
+    scheme: Literal["int8-weight", "int4-weight"]
+    group_size: PositiveInt | None = None
+    symmetric: bool = True
+
+    def quantization(self) -> Quantization:
+        """How the trained model is to be quantized."""
+        return Quantization(**self.model_dump(), observer="minmax")
 
 
 def fitting_group_size(wanted: int | None, columns: Iterable[int]) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from llmscale.stages.trained import TrainedStage
 from llmscale.training.engine import Engine
 from llmscale.training.megatron_adapter import start_adapter
 from llmscale.training.megatron_engine import MegatronEngine
+from llmscale.training.rounded_weights import Rounding
 from llmscale.training.settings import Adapter
 
 
@@ -31,6 +32,7 @@ class TrainedModel:
         tokenizer: the folder that has the tokenizer.
         chat_template: in Jinja, if there is one beside the tokenizer's own.
         adapter: what alone of it is trained, if not all.
+        rounding: what its linear layers' weights are rounded to while it learns, if they are.
         padding: what fills rows up, of a model that scores texts.
         beside: files that go into the folder, by their names there, once they are written.
     """
@@ -40,6 +42,7 @@ class TrainedModel:
     tokenizer: Path
     chat_template: str | None = None
     adapter: Adapter | None = None
+    rounding: Rounding | None = None
     padding: int | None = None
     beside: Mapping[str, Path] = field(default_factory=dict)
 
@@ -92,6 +95,7 @@ def built_engine(
             frozen=frozen,
             adapter=model.adapter,
             temperature=temperature,
+            rounding=model.rounding,
         )
         if not first.left_out or model.adapter is not None:
             set_first_weights(engine, first)
@@ -129,6 +133,7 @@ def built_engine(
         device=device,
         frozen=frozen,
         temperature=temperature,
+        rounding=model.rounding,
     )
     try:
         yield zero_engine

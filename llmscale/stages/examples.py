@@ -3,11 +3,13 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from llmscale.artifacts import StageFolder, new_folder, read_json, write_json
 from llmscale.data.chat import Example, encoded_conversation
@@ -16,12 +18,14 @@ from llmscale.data.examples import Examples, ExampleSamples, write_examples
 from llmscale.data.records import Intake, Malformed
 from llmscale.data.split import position
 from llmscale.data.tokenizer import load_tokenizer
+from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture
 from llmscale.stages import tuning
 from llmscale.stages.base import Workspace
-from llmscale.stages.finetune import DataSet, FewOfEach, Finetune
+from llmscale.stages.finetune import DataSet, FewOfEach, Finetune, group_size
 from llmscale.stages.train_rank import Course
 from llmscale.stages.tuned import ABOUT_EXAMPLES
+from llmscale.training.rounded_weights import Rounding
 from llmscale.training.supervised import Supervised
 
 
@@ -154,8 +158,22 @@ def fine_tuning(stage: Finetune, workspace: Workspace) -> Course:
         for name, counts in about["examples"].items()
         if counts["validation"]
     ]
-    trained = tuning.tuned_model(stage, workspace.folder, model, read_architecture(model))
+    architecture = read_architecture(model)
+    trained = tuning.tuned_model(stage, workspace.folder, model, architecture)
+    trained = replace(trained, rounding=_rounding(stage, architecture))
     return tuning.tuned_course(stage, workspace, trained, objective, sources, held_out)
+
+
+def _rounding(stage: Finetune, architecture: Architecture) -> Rounding | None:
+    """To what weights are rounded while they learn; scales are as the exported model's numbers."""
+    wanted = stage.quantization_aware
+    if wanted is None:
+        return None
+    return Rounding(
+        wanted.quantization().composition().weights,
+        group_size(wanted, architecture),
+        torch.float16 if stage.precision == "fp16" else torch.bfloat16,
+    )
 
 
 def _samples(stage: Finetune, workspace: Workspace, name: str, split: str) -> ExampleSamples:

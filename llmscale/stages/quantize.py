@@ -96,6 +96,19 @@ class Quantize(QuantizedStage, Quantization):
         yield from super().problems(view)
         for key, wrong in self.misplaced():
             yield Problem((key,), wrong)
+        yield from self._trained_otherwise(view)
+
+    def _trained_otherwise(self, view: RecipeView) -> Iterator[Problem]:
+        """Settings of the scheme that are not those for which the weights were trained."""
+        trained = getattr(view.stages.get(self.model), "quantization_aware", None)
+        if trained is None or trained.scheme != self.scheme:
+            return
+        learned = trained.quantization()
+        for key in ("group_size", "symmetric", "observer"):
+            own, wanted = getattr(self, key), getattr(learned, key)
+            if own != wanted:
+                shown = "nothing" if wanted is None else str(wanted).lower()
+                yield Problem((key,), f"{self.model} was trained for {shown}; use that")
 
     def run(self, task: str, workspace: Workspace) -> None:
         from llmscale.quantization.quantize import Listener, quantize

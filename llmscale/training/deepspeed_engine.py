@@ -37,6 +37,7 @@ from llmscale.training.deepspeed_state import (
     prepare_moments,
 )
 from llmscale.training.engine import StepResult, Totals
+from llmscale.training.rounded_weights import Rounded, RoundedWeights, Rounding
 from llmscale.training.settings import Optimizer, Precision, Zero
 
 
@@ -58,11 +59,13 @@ class DeepSpeedEngine:
         device: str = "cpu",
         frozen: bool = False,
         temperature: float = 1.0,
+        rounding: Rounding | None = None,
     ) -> None:
         self._temperature = temperature
         self.architecture, self.zero, self.settings = architecture, zero, optimizer
         self.device, self.precision = torch.device(device), precision
         self._virtual = virtual_tokens(model)
+        self._rounded = RoundedWeights(rounded_linears(model, rounding) if rounding else {})
         if frozen:
             # Only stages 0 and 3 do without an optimizer.
             own = zero if zero.stage == 3 else zero.model_copy(update={"stage": 0})
@@ -133,11 +136,12 @@ class DeepSpeedEngine:
         count = float(self._total(torch.stack([batch.count for batch in batches]).sum()))
         scale = dist.get_world_size() / max(count, 1)  # DeepSpeed takes the mean over ranks
         sums = self._no_sums(batches)
-        for number, batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            loss = batch.loss(self._outputs(batch))
-            sums += loss.vector()
-            self.engine.backward(loss.total * scale, scale_wrt_gas=False)
+        with self._rounded.in_use():
+            for number, batch in enumerate(batches):
+                self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+                loss = batch.loss(self._outputs(batch))
+                sums += loss.vector()
+                self.engine.backward(loss.total * scale, scale_wrt_gas=False)
         return Totals.of(self._total(sums), batches[0].figures)
 
     def _outputs(self, batch: ModelBatch) -> Tensor:
@@ -215,15 +219,17 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[ModelBatch]) -> Totals:
         self.engine.eval()
-        parts = (batch.loss(self._outputs(batch)).vector() for batch in batches)
-        sums = sum(parts, self._no_sums(batches))
+        with self._rounded.in_use():
+            parts = (batch.loss(self._outputs(batch)).vector() for batch in batches)
+            sums = sum(parts, self._no_sums(batches))
         self.engine.train()
         return Totals.of(self._total(sums), batches[0].figures)
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[ModelBatch]) -> list[Tensor]:
         self.engine.eval()
-        found = [self._outputs(batch) for batch in batches]
+        with self._rounded.in_use():
+            found = [self._outputs(batch) for batch in batches]
         self.engine.train()
         return found
 
@@ -330,3 +336,10 @@ def _own_document(batch: TextBatch, causal: bool) -> Tensor | None:
         return None
     same_bss = batch.segments_bs[:, :, None] == batch.segments_bs[:, None, :]
     return (same_bss.tril() if causal else same_bss)[:, None]
+
+
+def rounded_linears(model: Any, rounding: Rounding) -> dict[nn.Parameter, Rounded]:
+    """The weights of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    linear = (one for one in model.modules() if isinstance(one, nn.Linear) and one is not head)
+    return {one.get_parameter("weight"): rounding.rounded for one in linear}

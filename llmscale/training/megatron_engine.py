@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface import export, tensors_everywhere, whole_tensors
+from llmscale.models.low_rank import LINEARS
 from llmscale.models.megatron import DTYPES, build_chunks, inner_model
 from llmscale.parallel.context import whole_sequence
 from llmscale.parallel.layout import Layout
@@ -34,6 +35,7 @@ from llmscale.training.megatron_adapter import (
     weight_changes,
 )
 from llmscale.training.megatron_state import MegatronWriting, load_state, load_weights
+from llmscale.training.rounded_weights import Rounded, RoundedWeights, Rounding
 from llmscale.training.settings import Adapter, Optimizer, Precision, Recompute
 
 INITIAL_LOSS_SCALE, LOWEST_LOSS_SCALE = 2.0**16, 1.0
@@ -55,6 +57,7 @@ class MegatronEngine:
         frozen: bool = False,
         adapter: Adapter | None = None,
         temperature: float = 1.0,
+        rounding: Rounding | None = None,
     ) -> None:
         self.architecture = architecture
         self.vocabulary = vocabulary
@@ -89,6 +92,7 @@ class MegatronEngine:
             waiting = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         self._optimizer: Any = None
+        self._rounded = RoundedWeights(rounded_linears(inner, rounding) if rounding else {})
 
     @property
     def optimizer(self) -> Any:
@@ -164,7 +168,8 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        return self._run(batches, forward_only=False)
+        with self._rounded.in_use():
+            return self._run(batches, forward_only=False)
 
     def update(self, totals: Totals, learning_rate: float) -> StepResult:
         """Applies the gradients that ``backward`` left, if all is finite; collective."""
@@ -202,7 +207,8 @@ class MegatronEngine:
     def _evaluating(self) -> Iterator[None]:
         for chunk in self.chunks:
             chunk.eval()
-        yield
+        with self._rounded.in_use():
+            yield
         for chunk in self.chunks:
             chunk.train()
 
@@ -259,6 +265,25 @@ class MegatronEngine:
         whole = gather_from_tensor_model_parallel_region(found[0])[..., : self.vocabulary]
         group = parallel_state.get_context_parallel_group()
         return whole_sequence(whole.transpose(0, 1), group).transpose(0, 1)
+
+
+def rounded_linears(
+    chunks: Iterable[torch.nn.Module], rounding: Rounding
+) -> dict[torch.nn.Parameter, Rounded]:
+    """The weights of all linear layers of the blocks; those split by columns are rounded whole."""
+
+    def whole(weight_oi: Tensor) -> Tensor:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rounded_oi = rounding.rounded(gather_from_tensor_model_parallel_region(weight_oi))
+        return rounded_oi.chunk(ranks, 1)[parallel_state.get_tensor_model_parallel_rank()]
+
+    weights = [
+        layer.get_submodule(name).weight
+        for chunk in chunks
+        for layer in inner_model(chunk).decoder.layers
+        for name in LINEARS
+    ]
+    return {w: whole if w.partition_dim == 1 else rounding.rounded for w in weights}
 
 
 def _logits_step(iterator: Iterator[ModelBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:

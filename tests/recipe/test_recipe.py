@@ -223,12 +223,12 @@ def test_a_recipe_written_is_the_recipe_read(folder: Path, quickstart: str, **dr
 def test_stages_run_after_those_they_need_and_else_as_written(
     quickstart: str, tmp_path: Path
 ) -> None:
-    plain = read_yaml(write(tmp_path / "x.yaml", quickstart)).values
+    other = "  other: {kind: evaluate, model: pretrain, perplexity: {split: train}}\n"
+    plain = read_yaml(write(tmp_path / "x.yaml", quickstart + other)).values
     plain["stages"] = dict(reversed(plain["stages"].items()))
     recipe = load_recipe(write(tmp_path / "y.yaml", json.dumps(plain)))
-    assert list(recipe.stages)[:3] == ["schemes", "quantized", "evaluation"]
-    after = ["schemes", "quantized", "evaluation"]
-    assert recipe.order() == ["corpus", "tokenizer", "pretrain", *after]
+    assert list(recipe.stages)[:3] == ["other", "evaluation", "pretrain"]
+    assert recipe.order() == ["corpus", "tokenizer", "pretrain", "other", "evaluation"]
 
 
 def objects(schema: Any) -> Iterator[dict[str, Any]]:

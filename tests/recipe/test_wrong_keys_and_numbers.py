@@ -137,6 +137,7 @@ def plain(quickstart: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "rewards": {NAME: {"url": "http://127.0.0.1:1/"}},
         "rollout": {"prompts": 8, "max_new_tokens": 4},
     }
+    values["stages"]["finetune"]["quantization_aware"] = {"scheme": "int8-weight"}
     values["stages"]["quantize"] = {
         "kind": "quantize",
         "model": "pretrain",

@@ -1,6 +1,7 @@
 """Fine-tuning equals a plain loop over single examples, at any layout, padded or packed."""
 
 import copy
+import dataclasses
 import json
 import random
 import shutil
@@ -27,6 +28,9 @@ from llmscale.evaluation.models import load_model
 from llmscale.models.huggingface_config import read_architecture
 from llmscale.models_at_hand import export, generate_text, import_model
 from llmscale.progress import Progress
+from llmscale.quantization.grids import find_grid
+from llmscale.quantization.quantize import quantize
+from llmscale.quantization.schemes import INT4, INT8, QuantizationAware
 from llmscale.recipe.recipe import load_recipe
 from llmscale.stages.base import Workspace
 from llmscale.stages.finetune import Finetune
@@ -75,6 +79,10 @@ METHODS = {
     "QLoRA": [f"stages.assistant.adapter={{method: qlora, {LOW_RANK}}}"],
     "IA3": ["stages.assistant.adapter={method: ia3}"],
     "prefix": ["stages.assistant.adapter={method: prefix, virtual_tokens: 4}", SHORTER],
+    "rounded to 4 bits": [
+        "stages.assistant.quantization_aware={scheme: int4-weight, group_size: 16}"
+    ],
+    "rounded to 8 bits": ["stages.assistant.quantization_aware={scheme: int8-weight}"],
     "prompt": ["stages.assistant.adapter={method: prompt, virtual_tokens: 4}", SHORTER],
 }
 LORA_WAYS: dict[str, list[str]] = {
@@ -398,6 +406,122 @@ def nf4(weight: torch.Tensor) -> torch.Tensor:
 
     packed = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return dequantize_4bit(*packed)
+
+
+def rounded_loop(
+    base: Path, steps: list[list[Example]], scheme: str
+) -> tuple[Curve, dict[str, torch.Tensor]]:
+    """The curve of weights w that compute as w + (rounded(w) - w), of which the second is given."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    form, group = (INT4, 16) if scheme == "int4-weight" else (INT8, None)
+    form = dataclasses.replace(form, observer="minmax")
+    linear = {name for name, _ in model.named_parameters() if "_proj." in name}
+
+    def used() -> dict[str, torch.Tensor]:
+        found = {}
+        for name in linear:
+            weight = model.get_parameter(name)
+            plain = weight.detach()
+            grid = find_grid(plain, form, group, torch.bfloat16)
+            found[name] = weight + (grid.rounded(plain) - plain)
+        return found
+
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (0.9, 0.95), 1e-5)
+    curve = trained_alone(
+        lambda tokens: functional_call(model, used(), (tokens,)).logits, optimizer, steps
+    )
+    return curve, {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rounded to 4 bits, one rank",
+        "rounded to 4 bits, distributed tensor 2",
+        "rounded to 4 bits, tensor 2, pipeline 2",
+        "rounded to 8 bits, tensor 2",
+        "rounded to 4 bits, ZeRO 0",
+        "rounded to 8 bits, ZeRO 2 on 2 ranks, packed",
+    ],
+)
+def test_rounded_weights_compute_and_whole_ones_learn(
+    name: str, home: Path, whole_run: WholeRun
+) -> None:
+    run = whole_run(name)
+    steps = steps_of(home, run, *way(name))
+    scheme = "int4-weight" if "4 bits" in name else "int8-weight"
+    expected, learned = rounded_loop(home / "base", steps, scheme)
+    for (loss, norm), (true_loss, true_norm) in zip(logged(run), expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert norm == pytest.approx(true_norm, rel=1e-4)
+    written = weights(run)
+    for parameter, whole in learned.items():
+        assert (written[parameter] - whole).abs().max() <= 1e-5, parameter
+
+
+def test_quantizing_leaves_the_weights_that_were_learned_with(
+    whole_run: WholeRun, tmp_path: Path
+) -> None:
+    folder = whole_run("rounded to 4 bits, one rank").stage("assistant").hf
+    settings = QuantizationAware(scheme="int4-weight", group_size=16).quantization()
+    quantize(folder, tmp_path / "out", settings, None, tokens=0)
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    learned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    form = dataclasses.replace(INT4, observer="minmax")
+    for name, weight in learned.named_parameters():
+        plain, rounded = weight.detach(), weight.detach().bfloat16().float()
+        if "_proj." in name:
+            rounded = find_grid(plain, form, 16, torch.bfloat16).rounded(plain)
+        weight.data.copy_(rounded)
+    tokens = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(stored(tokens).logits, learned(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "told"),
+    [
+        (["scheme: int4-weight"], "group_size", "does not divide 48 inputs of a layer; use 8 or"),
+        (["scheme: int8-weight, group_size: 16"], "group_size", "int8-weight has no groups"),
+        (["scheme: int8-weight", METHODS["LoRA"][0]], "", "an adapter's model is not rounded"),
+        (
+            [
+                "scheme: int8-weight",
+                "stages.assistant.engine=deepspeed",
+                "stages.assistant.zero={stage: 3}",
+            ],
+            "",
+            "rounding needs whole rows; use zero.stage 0 to 2, or engine megatron",
+        ),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused_in_one_line(
+    overrides: list[str], place: str, told: str, home: Path
+) -> None:
+    first, *others = overrides
+    aware = f"stages.assistant.quantization_aware={{{first}}}"
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(home / "recipe.yaml", [aware, *others])
+    where = "stages.assistant.quantization_aware" + (f".{place}" if place else "")
+    assert f"{where}: " in str(refused.value)
+    assert told in str(refused.value)
+
+
+def test_a_stage_that_quantizes_otherwise_than_was_learned_is_told_so(home: Path) -> None:
+    aware = "stages.assistant.quantization_aware={scheme: int4-weight, group_size: 16}"
+    stage = "stages.small={{kind: quantize, model: assistant, scheme: int4-weight, {}}}"
+    load_recipe(home / "recipe.yaml", [aware, stage.format("group_size: 16, observer: minmax")])
+    for given, told in (
+        ("group_size: 16", "observer: assistant was trained for minmax; use that"),
+        ("group_size: 8, observer: minmax", "group_size: assistant was trained for 16; use that"),
+    ):
+        with pytest.raises(RecipeError) as refused:
+            load_recipe(home / "recipe.yaml", [aware, stage.format(given)])
+        assert told in str(refused.value)
 
 
 ADAPTER = Adapter(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
