@@ -18,6 +18,18 @@ STEPS = "stages.pretrain.steps"
 TINY = [*SMALL, *at(1, 1, 1), f"{STEPS}=4", "stages.pretrain.optimizer.warmup_steps=2"]
 
 
+FEW_TEXTS = f"stages.corpus.sources=[{{path: '{QUICKSTART.parent}/texts/shakespeare/m[ae]*.txt'}}]"
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Path:
+    """The quickstart up to its evaluation: two jobs fewer a member."""
+    whole = QUICKSTART.read_text(encoding="utf-8")
+    recipe = tmp_path / "evaluated.yaml"
+    recipe.write_text(whole[: whole.index("  quantized:\n")], encoding="utf-8")
+    return recipe
+
+
 def statuses(slurm: Cluster, run: Path) -> list[str]:
     return [row["status"] for row in status(slurm, run)["sweep"]]
 
@@ -26,9 +38,11 @@ def arrays(run: Path) -> list[str]:
     return [job["array"] for job in json.loads((run / "slurm" / "jobs.json").read_text())]
 
 
-def test_an_array_of_four_members_runs_to_a_table_of_four(slurm: Cluster, run_folder: Path) -> None:
+def test_an_array_of_four_members_runs_to_a_table_of_four(
+    slurm: Cluster, run_folder: Path, evaluated: Path
+) -> None:
     rates = [1e-3, 2e-3, 3e-3, 4e-3]
-    call = ["run", QUICKSTART, *TINY, f"sweep.{RATE}={rates}", "--on", "slurm"]
+    call = ["run", evaluated, *TINY, FEW_TEXTS, f"sweep.{RATE}={rates}", "--on", "slurm"]
     done = llmscale(slurm, *call, "--run-dir", run_folder, "--json")
     assert done.returncode == 0, done.stderr
     assert "4 of 4 members are finished" in done.stderr
@@ -77,10 +91,12 @@ def test_a_requeued_member_goes_on_alone_and_a_cancelled_one_is_all_that_is_subm
 
 
 def test_a_job_that_leads_its_allocation_runs_the_members_one_after_the_other(
-    slurm: Cluster, run_folder: Path
+    slurm: Cluster, run_folder: Path, evaluated: Path
 ) -> None:
     sweep = f"sweep.{RATE}=[1e-3, 3e-3]"
-    job = sbatch(slurm, run_folder, *TINY, sweep, options=["--nodes=1"])
+    job = sbatch(
+        slurm, run_folder, *TINY, FEW_TEXTS, sweep, options=["--nodes=1"], recipe=evaluated
+    )
     completed(slurm, job, run_folder)
     log = Path(f"{run_folder}.log").read_text()
     assert statuses(slurm, run_folder) == ["finished", "finished"]
