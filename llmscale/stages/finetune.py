@@ -78,14 +78,15 @@ class Finetune(TunedStage):
     def _rounding_problems(
         self, wanted: QuantizationAware, architecture: Architecture
     ) -> Iterator[Problem]:
-        for key, wrong in wanted.quantization().misplaced():
-            yield Problem((key,), wrong)
+        if not SCHEMES[wanted.scheme].grouped:
+            for key in wanted.model_fields_set & {"group_size", "symmetric"}:
+                yield Problem((key,), "is of groups; remove it, or use scheme int4-weight")
         try:
             group_size(wanted, architecture)
         except RecipeError as error:
             yield Problem(("group_size",), str(error).removeprefix("group_size: "))
         if architecture.family == "gpt2":
-            yield Problem((), "kind quantize has no scheme for gpt2; remove it")
+            yield Problem((), "gpt2 has no int8-weight or int4-weight; remove it")
         if self.adapter is not None:
             yield Problem((), "an adapter's model is not rounded; remove one of the two")
         if self.engine == "deepspeed" and self.zero.stage == 3:

@@ -57,6 +57,7 @@ ANSWER_ENGINES: Mapping[RolloutEngineName, Callable[..., AnswerEngine]] = {
 
 def learn_from_rewards(stage: Ppo, workspace: Workspace) -> None:
     """Trains and exports the policy; every rank of the task calls it."""
+    stage.require_packages()
     with listening() as stop, joined_ranks(stage, workspace) as world:
         if world.group > 0:
             serve_policy(stage, workspace, world)
@@ -238,9 +239,8 @@ def _rollout(stage: Ppo, workspace: Workspace) -> SharedRollout:
         ends=tuple(about["ends"]),
         padding=about["padding"],
         batch=stage.rollout.batch,
-        length=tuning.room(stage, start),
+        length=_longest_prompt(stage, workspace) + stage.rollout.max_new_tokens,
     )
-    stage.rollout.require_package()
     engine = ANSWER_ENGINES[stage.rollout.engine](
         start, form, DTYPES[stage.precision], workspace.device
     )
@@ -282,6 +282,11 @@ def _held_out(stage: Ppo, workspace: Workspace) -> list[Prompt]:
         for name in stage.data
         for prompt in _split(workspace, name, "validation")[: stage.validation.samples]
     ]
+
+
+def _longest_prompt(stage: Ppo, workspace: Workspace) -> int:
+    splits = ((name, split) for name in stage.data for split in ("train", "validation"))
+    return max(len(p.tokens) for one in splits for p in _split(workspace, *one))
 
 
 def _split(workspace: Workspace, name: str, split: str) -> list[Prompt]:

@@ -107,8 +107,8 @@ class Quantize(QuantizedStage, Quantization):
         for key in ("group_size", "symmetric", "observer"):
             own, wanted = getattr(self, key), getattr(learned, key)
             if own != wanted:
-                shown = "nothing" if wanted is None else str(wanted).lower()
-                yield Problem((key,), f"{self.model} was trained for {shown}; use that")
+                mend = "its default; remove it" if wanted is None else f"{wanted}; use that".lower()
+                yield Problem((key,), f"{self.model} was trained for {mend}")
 
     def run(self, task: str, workspace: Workspace) -> None:
         from llmscale.quantization.quantize import Listener, quantize

@@ -42,6 +42,31 @@ def test_rounding_is_idempotent_and_no_farther_than_half_a_step_of_the_whole_ran
         assert ((groups - kept).abs() <= groups.abs() * 2**-3.5 + span / 448 / 8).all()
 
 
+def test_by_minmax_a_range_reaches_as_far_as_its_weights() -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    weight[:, 3] = 9.0  # far from all others, so that the least squared error has a shorter range
+    weight[:, 40] = -9.5
+    largest_o1 = weight.abs().amax(1, keepdim=True)
+
+    rows = find_grid(weight, WeightFormat(8, "channel", observer="minmax"), None, torch.bfloat16)
+    assert torch.equal(rows.scale_og, (largest_o1 / 127.5).bfloat16().float())
+
+    largest_og = weight.unflatten(1, (-1, 32)).abs().amax(-1)
+    scales = find_grid(weight, WeightFormat(4, "group", observer="minmax"), 32, torch.bfloat16)
+    ends = [(largest_og / part).bfloat16().float() for part in (7.5, 8.0)]
+    found = scales.scale_og.abs()
+    assert ((found == ends[0]) | (found == ends[1])).all()
+    searched = find_grid(weight, WeightFormat(4, "group"), 32, torch.bfloat16).scale_og.abs()
+    assert (searched < found).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_weights_are_not_taken_for_zeros(dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)) * 1e-3
+    rounded = find_grid(weight, WeightFormat(8, "channel"), None, dtype).rounded(weight)
+    assert (rounded - weight).norm() < 0.1 * weight.norm()
+
+
 def test_groups_of_zeros_stay_zeros() -> None:
     weight = torch.zeros(4, 64)
     for form in FORMATS:

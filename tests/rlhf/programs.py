@@ -142,6 +142,30 @@ def sampled(job: Job, rank: int, rendezvous: str) -> None:
     answer(job, rank, told)
 
 
+def half_fed(job: Job, rank: int, rendezvous: str) -> None:
+    """What is said where one of the policy's weights does not come."""
+    from llmscale.data.tokenizer import load_tokenizer
+    from llmscale.errors import StageError
+    from llmscale.models.stored_weights import HuggingFaceWeights
+    from llmscale.parallel.layout import Layout
+    from llmscale.rlhf.rollout import AnswerForm, SharedRollout
+    from llmscale.stages.ppo_training import ANSWER_ENGINES
+    from tests.ranks import joined
+
+    given = settings(job)
+    folder = Path(given["model"])
+    form = AnswerForm(temperature=1.0, most=8, ends=(3,), padding=0, batch=1, length=64)
+    with joined(job, rank, rendezvous, Layout()):
+        sampling = ANSWER_ENGINES[given["engine"]](folder, form, torch.float32, "cpu")
+        rollout = SharedRollout(sampling, load_tokenizer(folder), form)
+        weights = HuggingFaceWeights(folder)
+        try:
+            rollout.synchronize((n, weights[n]) for n in weights if n != given["left_out"])
+            answer(job, rank, None)
+        except StageError as error:
+            answer(job, rank, str(error))
+
+
 def scored(job: Job, rank: int, rendezvous: str) -> None:
     """Scores of answers by several scorers, or the line that says what is wrong with them."""
     from llmscale.errors import StageError

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmscale.rlhf.sampling import NumberedSampler
 from tests.ranks import run_ranks
 from tests.rlhf.letters import letters_model
-from tests.rlhf.programs import sampled
+from tests.rlhf.programs import half_fed, sampled
 
 PROMPTS = ["a", "b c d e f", "g h", "a a a", "k", "b c d e f", "z y"]
 KEYS = [11, 12, 13, 14, 15, 12, 17]
@@ -67,6 +67,13 @@ def test_an_answer_depends_on_its_key_alone_not_on_batch_or_layout(
         expected = (logits / TEMPERATURE).log_softmax(-1)
         chosen = expected.gather(1, torch.tensor(one["tokens"])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(one["log_probabilities"]), chosen)
+
+
+@pytest.mark.parametrize("engine", ["transformers", WITH_VLLM])
+def test_a_weight_that_does_not_come_is_named(engine: str, model: Path, tmp_path: Path) -> None:
+    name = "model.norm.weight"
+    said = run_ranks(half_fed, 1, tmp_path, model=str(model), engine=engine, left_out=name)
+    assert said == f"rank 0: the rollout's weights are not the policy's ({name})"
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:

@@ -442,7 +442,8 @@ def rounded_loop(
     [
         "rounded to 4 bits, one rank",
         "rounded to 4 bits, distributed tensor 2",
-        "rounded to 4 bits, tensor 2, pipeline 2",
+        "rounded to 4 bits, tensor 2, pipeline 2, recompute",
+        "rounded to 4 bits, data 2",
         "rounded to 8 bits, tensor 2",
         "rounded to 4 bits, ZeRO 0",
         "rounded to 8 bits, ZeRO 2 on 2 ranks, packed",
@@ -486,7 +487,11 @@ def test_quantizing_leaves_the_weights_that_were_learned_with(
     ("overrides", "place", "told"),
     [
         (["scheme: int4-weight"], "group_size", "does not divide 48 inputs of a layer; use 8 or"),
-        (["scheme: int8-weight, group_size: 16"], "group_size", "int8-weight has no groups"),
+        (
+            ["scheme: int8-weight, group_size: 16"],
+            "group_size",
+            "is of groups; remove it, or use scheme int4-weight",
+        ),
         (["scheme: int8-weight", METHODS["LoRA"][0]], "", "an adapter's model is not rounded"),
         (
             [
@@ -518,6 +523,7 @@ def test_a_stage_that_quantizes_otherwise_than_was_learned_is_told_so(home: Path
     for given, told in (
         ("group_size: 16", "observer: assistant was trained for minmax; use that"),
         ("group_size: 8, observer: minmax", "group_size: assistant was trained for 16; use that"),
+        ("symmetric: false, group_size: 16", "symmetric: assistant was trained for true; use that"),
     ):
         with pytest.raises(RecipeError) as refused:
             load_recipe(home / "recipe.yaml", [aware, stage.format(given)])
