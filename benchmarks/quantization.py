@@ -1,6 +1,7 @@
 """Schemes of quantization on SmolLM2-135M, ours and other tools', side by side.
 
-    python benchmarks/quantization.py MODEL [--schemes A,B] [--tokens 32768] [--peers FOLDER]
+    python benchmarks/quantization.py MODEL [--schemes A,B] [--tokens 32768]
+        [--peers FOLDER] [--tools A,B:SCHEME] [--folder FOLDER] [--minutes 30]
 
 MODEL is the model's folder, as ``llmscale import SmolLM2-135M.gguf --out MODEL`` makes it. The
 weights of that file lie on a grid of 4 bits, which rounding would hit exactly, so they are taken
@@ -8,18 +9,23 @@ off it first: columns are multiplied and what comes before them is divided, by f
 and 1.35, which leaves the model's function as it is. Calibrated on some of Shakespeare's plays and
 measured on others.
 
-With ``--peers`` the other tools of ``quantization_peers.py`` run on the same model with the same
-tokens, each in an environment of its own, which is made in FOLDER unless it is there.
+Every scheme has a process of its own (``quantization_tools.py``). With ``--peers`` those of other
+tools follow: the same model, tokens and measurement, each tool in an environment of its own, which
+is made in FOLDER unless it is there. A row is printed as soon as it is there; a scheme that fails,
+or takes more than so many minutes, is told and left out. With ``--folder`` the same call again
+measures only what is missing there: use it for one model and one number of tokens.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,19 +33,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmscale.artifacts import read_json, write_json
 from llmscale.evaluation.models import load_model
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
-from llmscale.quantization.compare import compare, text_windows
+from llmscale.quantization.compare import text_windows
 from llmscale.quantization.families import BEFORE, divided_outputs, shares
 from llmscale.quantize_command import table
 
-PLAYS = Path(__file__).parents[1] / "recipes" / "texts" / "shakespeare"
+PLAYS = Path(__file__).resolve().parents[1] / "recipes" / "texts" / "shakespeare"
 MEASURED_ON = ("hamlet", "macbeth", "tempest")
 SCHEMES = (
     "int8-weight,int8-dynamic,int8-smoothquant,int8-static,fp8,int4-weight,int4-gptq,int4-awq,"
     "int4-awq-gptq,int4-rotated-gptq,mixed"
 )
+OURS = ("llmscale", "unquantized")
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait for each other sleep: beside other work, spinning takes ten times as long."""
 WINDOW = 1024
 LARGEST_LOG_FACTOR = 0.3
 TOGETHER = {
@@ -62,19 +72,6 @@ class Peer:
 TORCH = "torch==2.13.0"
 TRANSFORMERS = ("transformers==5.23.0", "accelerate==1.15.0")
 PEERS = {
-    "bitsandbytes": Peer(
-        [TORCH, *TRANSFORMERS, "bitsandbytes==0.50.2"], ["llm-int8", "nf4", "fp4"]
-    ),
-    "torchao": Peer(
-        [TORCH, *TRANSFORMERS, "torchao==0.18.0"], ["int8-weight", "int8-dynamic", "int4-weight"]
-    ),
-    "optimum-quanto": Peer(
-        [TORCH, *TRANSFORMERS, "optimum-quanto==0.2.7"], ["int8-weight", "int4-weight"]
-    ),
-    "llm-compressor": Peer(
-        [TORCH, "llmcompressor==0.14.0"],
-        ["int8-dynamic", "fp8", "int4-weight", "int4-gptq", "int4-awq"],
-    ),
     "gptqmodel": Peer(
         [
             *(TORCH, *TRANSFORMERS, "torchao==0.18.0", "datasets", "defuser", "device-smi"),
@@ -84,6 +81,19 @@ PEERS = {
         ["int4-gptq"],
         alone=["gptqmodel==7.7.0"],
         environment={"GPTQMODEL_CPU_WORKERS": "2"},
+    ),
+    "llm-compressor": Peer(
+        [TORCH, "llmcompressor==0.14.0"],
+        ["int4-gptq", "int4-awq", "int4-weight", "int8-dynamic", "fp8"],
+    ),
+    "bitsandbytes": Peer(
+        [TORCH, *TRANSFORMERS, "bitsandbytes==0.50.2"], ["llm-int8", "nf4", "fp4"]
+    ),
+    "torchao": Peer(
+        [TORCH, *TRANSFORMERS, "torchao==0.18.0"], ["int8-weight", "int8-dynamic", "int4-weight"]
+    ),
+    "optimum-quanto": Peer(
+        [TORCH, *TRANSFORMERS, "optimum-quanto==0.2.7"], ["int8-weight", "int4-weight"]
     ),
 }
 
@@ -125,34 +135,48 @@ def python_of(tool: str, folder: Path) -> Path:
     return python
 
 
-def peer_rows(folder: Path, model: Path, given: Path) -> list[dict[str, Any]]:
-    """A row for each scheme of each other tool; one that fails is told and left out."""
-    rows = []
-    for tool, peer in PEERS.items():
-        python = python_of(tool, folder)
-        for scheme in peer.schemes:
-            script = Path(__file__).with_name("quantization_peers.py")
-            done = subprocess.run(
-                [python, script, tool, scheme, model, given],
-                capture_output=True,
-                text=True,
-                env={**os.environ, "PYTHONPATH": "", **peer.environment},
-            )
-            if done.returncode != 0:
-                causes = [line for line in done.stderr.splitlines() if "Error" in line]
-                cause = causes[-1] if causes else f"exit {done.returncode}"
-                print(f"{tool} {scheme} failed: {cause}", file=sys.stderr)
-                continue
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
+def row_of(
+    tool: str, scheme: str, python: Path, model: Path, beside: Path, minutes: float
+) -> dict[str, Any]:
+    """The row of one scheme of one tool, in a process of its own.
+
+    Raises:
+        RuntimeError: if it fails, or takes more minutes.
+    """
+    own = tool in OURS
+    environment = {} if own else {"PYTHONPATH": "", **PEERS[tool].environment}
+    script = Path(__file__).resolve().with_name("quantization_tools.py")
+    with (beside / f"{tool}-{scheme}.log").open("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [python, script, tool, scheme, model, beside],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=beside,
+            env={**os.environ, **PATIENT, **environment},
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=60 * minutes)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"took more than {minutes:g} minutes") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        found = [line for line in said.splitlines() if line.startswith("{")]
+        if process.returncode == 0 and found:
+            return dict(json.loads(found[-1]))
+        log.seek(0)
+        causes = [line for line in log if "Error" in line]
+        raise RuntimeError(causes[-1].strip() if causes else f"exit {process.returncode}")
 
 
 @torch.no_grad()
 def write_given(
-    file: Path, folder: Path, measured: list[Path], others: list[Path], tokens: int
+    beside: Path, folder: Path, measured: list[Path], others: list[Path], tokens: int
 ) -> None:
-    """Writes what other tools are given: our own windows, and the model's likeliest tokens."""
+    """Writes what tools are given: our own windows, and what the model itself says of them."""
     model, tokenizer = load_model(folder)
     windows_ns = text_windows(
         (one.read_text(encoding="utf-8") for one in measured), tokenizer, WINDOW
@@ -160,16 +184,55 @@ def write_given(
     texts = (one.read_text(encoding="utf-8") for one in others)
     blockwise = BlockwiseModel(folder)
     layers = [blockwise.model.get_parameter(f"{name}.weight") for name in blockwise.layers()]
-    likeliest = [
-        model(input_ids=one[None]).logits[0, :-1].argmax(-1).tolist() for one in windows_ns
-    ]
+    logs = [model(input_ids=one[None]).logits[0, :-1].log_softmax(-1).half() for one in windows_ns]
+    torch.save(torch.stack(logs), beside / "expected.pt")
     given = {
+        "texts": [str(one) for one in others],
+        "tokens": tokens,
         "calibration": calibration_windows(texts, tokenizer, tokens, WINDOW, "plays").tolist(),
         "measured_on": windows_ns.tolist(),
-        "likeliest": likeliest,
         "layers": sum(weight.numel() for weight in layers),
     }
-    file.write_text(json.dumps(given), encoding="utf-8")
+    write_json(beside / "given.json", given)
+
+
+def jobs(schemes: str, tools: str | None) -> Iterator[tuple[str, str]]:
+    """Tools and their schemes in turn, ours first."""
+    yield "unquantized", "fp32"
+    for scheme in filter(None, schemes.split(",")):
+        yield "llmscale", scheme
+    for named in PEERS if tools is None else filter(None, tools.split(",")):
+        tool, _, one = named.partition(":")
+        for scheme in [one] if one else PEERS[tool].schemes:
+            yield tool, scheme
+
+
+def run(asked: argparse.Namespace, beside: Path) -> list[dict[str, Any]]:
+    """The rows of all that is asked for, of which some may be there already."""
+    measured = [PLAYS / f"{name}.txt" for name in MEASURED_ON]
+    others = [file for file in sorted(PLAYS.glob("*.txt")) if file not in measured]
+    model = beside / "model"
+    if not (beside / "given.json").exists():
+        shutil.rmtree(model, ignore_errors=True)
+        off_the_grid(asked.model, model)
+        write_given(beside, model, measured, others, asked.tokens)
+    rows: dict[str, dict[str, Any]] = read_json(beside / "rows.json") or {}
+    for tool, scheme in jobs(asked.schemes, asked.tools if asked.peers else ""):
+        name = f"{tool} {scheme}"
+        if name in rows:
+            continue
+        try:
+            python = (
+                Path(sys.executable) if tool in OURS else python_of(tool, asked.peers.absolute())
+            )
+            row = row_of(tool, scheme, python, model, beside, asked.minutes)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+            continue
+        rows[name] = {**dict.fromkeys(("quantize_seconds", "own_megabytes")), **row}
+        print(json.dumps(rows[name]), file=sys.stderr, flush=True)
+        write_json(beside / "rows.json", rows)
+    return list(rows.values())
 
 
 def main() -> None:
@@ -178,28 +241,18 @@ def main() -> None:
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--peers", type=Path, help="a folder for other tools' environments")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tools", help="which of them, as TOOL or TOOL:SCHEME; all by default")
+    parser.add_argument("--folder", type=Path, help="where rows are kept, and not made again")
+    parser.add_argument("--minutes", type=float, default=30, help="that a scheme may take")
     asked = parser.parse_args()
-    measured = [PLAYS / f"{name}.txt" for name in MEASURED_ON]
-    others = [file for file in sorted(PLAYS.glob("*.txt")) if file not in measured]
     with tempfile.TemporaryDirectory() as scratch:
-        moved = Path(scratch) / "model"
-        off_the_grid(asked.model, moved)
-        rows = compare(
-            moved,
-            asked.schemes.split(","),
-            (file.read_text(encoding="utf-8") for file in measured),
-            lambda: (file.read_text(encoding="utf-8") for file in others),
-            tokens=asked.tokens,
-            window=WINDOW,
-        )
-        if asked.peers:
-            given = Path(scratch) / "given.json"
-            write_given(given, moved, measured, others, asked.tokens)
-            rows += [{"divergence": None, **row} for row in peer_rows(asked.peers, moved, given)]
+        beside = (asked.folder or Path(scratch)).absolute()
+        beside.mkdir(parents=True, exist_ok=True)
+        rows = run(asked, beside)
     print(table(rows))
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=2) + "\n")
+    for row in rows:
+        if row["own_megabytes"] is not None:
+            print(f"{row['scheme']}: {row['own_megabytes']} MB at most of its own")
 
 
 if __name__ == "__main__":
