@@ -1,18 +1,17 @@
 """The package deepspeed, made ready: the device told, nothing compiled, nothing printed."""
 
 import logging
-import os
 import warnings
 from typing import Any
 
 import llmscale.quiet  # noqa: F401
-from llmscale.training.settings import Zero
 
-os.environ.setdefault("LOCAL_RANK", "0")
-
+# isort: split
 import deepspeed
 import torch
 from deepspeed.utils import logger
+
+from llmscale.training.settings import Zero
 
 __all__ = ["deepspeed", "deepspeed_settings"]
 
