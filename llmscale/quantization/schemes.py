@@ -205,7 +205,7 @@ class Quantization(Settings):
                 yield "symmetric", f"{self.scheme} has no zero points; remove it, or use {grouped}"
         if self.observer != "mse" and not SCHEMES[self.scheme].plain:
             plain = choices([name for name, scheme in SCHEMES.items() if scheme.plain])
-            yield "observer", f"{self.scheme} searches its ranges; remove it, or use {plain}"
+            yield "observer", f"{self.scheme} has ranges of its own; remove it, or use {plain}"
         if self.bits is not None and SCHEMES[self.scheme].wider is None:
             yield "bits", f"{self.scheme} has bits of its own; remove it, or use mixed"
         if self.key_value_cache and SCHEMES[self.scheme].library_type:

