@@ -159,9 +159,9 @@ def export(
 
 def _gathered(parameter: torch.nn.Parameter) -> list[Tensor]:
     """The shards of all tensor-parallel ranks, in order."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return [parameter.detach()]
     group = tensor_group(parameter)
+    if not getattr(parameter, "tensor_model_parallel", False) or group.size() == 1:
+        return [parameter.detach()]
     shards = [torch.empty_like(parameter) for _ in range(group.size())]
     dist.all_gather(shards, parameter.detach().contiguous(), group=group)
     return shards

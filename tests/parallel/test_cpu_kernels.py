@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmscale.models.cross_entropy import ROWS, vocabulary_cross_entropy
+from llmscale.models.cross_entropy import LOGITS, vocabulary_cross_entropy
 from llmscale.models.norms import Norm, _RootMeanSquare
 from llmscale.parallel.cpu_kernels import WeightGradient, fused_rotary, swiglu
 
@@ -73,7 +73,7 @@ def test_rotary_equals_turning_each_pair_by_its_angle(ratio: int) -> None:
 
 
 def test_cross_entropy_equals_pytorchs_and_padding_gets_no_probability() -> None:
-    tokens, columns, true = ROWS + 7, 32, 29
+    tokens, columns, true = LOGITS // 32 + 7, 32, 29
     labels = torch.randint(0, true, (tokens,))
     logits = torch.randn(tokens, columns)
 
