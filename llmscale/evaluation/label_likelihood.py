@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from llmscale.errors import RecipeError
+from llmscale.parallel import shares
 
 TOKENS_A_PASS = 4096
 Normalization = Literal["none", "tokens", "bytes"]
@@ -73,6 +74,8 @@ def label_likelihoods(
 ) -> LabelLikelihoods:
     """The likelihood of each label's text behind each prompt.
 
+    Ranks that have met share the prompts; collective then.
+
     Args:
         places: where each prompt is from, for errors.
         tokens_a_pass: how many tokens go through the model at once; no figure depends on it.
@@ -90,10 +93,14 @@ def label_likelihoods(
                 f"{places[number // len(labels)]}: {length:,} tokens with its label and examples, "
                 f"of which the model takes {longest:,}; shorten it, or show fewer examples"
             )
-    nats = _nats(model, wanted, tokens_a_pass, on_row)
     shape = (len(prompts), len(labels))
+
+    def read(some: list[int]) -> list[np.ndarray]:
+        own = [wanted[number * len(labels) + label] for number in some for label in range(shape[1])]
+        return list(_nats(model, own, tokens_a_pass, on_row).reshape(len(some), shape[1]))
+
     return LabelLikelihoods(
-        nats.reshape(shape),
+        np.array(shares.shared(list(range(len(prompts))), read)).reshape(shape),
         np.array([len(one.tokens) for one in wanted]).reshape(shape),
         np.array([len(label.encode()) for label in labels]),
     )

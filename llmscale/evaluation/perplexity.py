@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from llmscale.evaluation.bootstrap import interval
+from llmscale.parallel import shares
 
 IGNORED = -100
 TOKENS_A_PASS = 4096
@@ -77,12 +78,34 @@ def likelihoods(
 ) -> list[Likelihood]:
     """Scores texts, each on its own after the token that texts begin with.
 
+    Ranks that have met share them; collective then.
+
     Args:
         model: a causal language model of ``transformers``.
         tokens_a_pass: how many tokens go through the model at once, one window at least; no
             figure depends on it.
         on_text: is told how many texts are done.
     """
+    all_texts, ranks = list(texts), shares.place()[1]
+
+    def scored(some: list[str]) -> list[Likelihood]:
+        def tell(done: int) -> None:
+            on_text(min(done * ranks, len(all_texts)))
+
+        return _own_likelihoods(model, tokenizer, some, length, stride, tokens_a_pass, tell)
+
+    return shares.shared(all_texts, scored)
+
+
+def _own_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int,
+    stride: int,
+    tokens_a_pass: int,
+    on_text: Callable[[int], None],
+) -> list[Likelihood]:
     found: list[Likelihood] = []
     waiting: list[_Window] = []
     start = tokenizer.bos_token_id

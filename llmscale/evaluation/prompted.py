@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llmscale.evaluation.generation import Generation, answers_or_continuations
+from llmscale.parallel import shares
 
 THOUGHT = "Let's think step by step."
 
@@ -53,6 +54,8 @@ def written_answers(
 ) -> list[Given]:
     """The label that a model's answer to each prompt names; a prompt alone at a time.
 
+    Ranks that have met share the prompts; collective then.
+
     Args:
         labels: each label's text.
         settings: how answers are generated.
@@ -61,15 +64,19 @@ def written_answers(
             the one named first.
         seed: of sampling; the same answers for the same seed, whatever else is asked.
     """
-    given = []
-    for number, prompt in enumerate(prompts):
-        asked = f"{prompt}\n{THOUGHT}" if thought else prompt
-        texts, _ = answers_or_continuations(
-            model, tokenizer, asked, settings, seed + number, several=votes
-        )
-        named = Counter(named_label(text, labels, last=thought) for text in texts)
-        del named[""]
-        label, count = named.most_common(1)[0] if named else ("", 0)
-        given.append(Given(label, count / votes if votes > 1 else None, tuple(texts)))
-        on_prompt(number + 1, len(prompts))
-    return given
+
+    def answered(numbers: list[int]) -> list[Given]:
+        given = []
+        for number in numbers:
+            asked = f"{prompts[number]}\n{THOUGHT}" if thought else prompts[number]
+            texts, _ = answers_or_continuations(
+                model, tokenizer, asked, settings, seed + number, several=votes
+            )
+            named = Counter(named_label(text, labels, last=thought) for text in texts)
+            del named[""]
+            label, count = named.most_common(1)[0] if named else ("", 0)
+            given.append(Given(label, count / votes if votes > 1 else None, tuple(texts)))
+            on_prompt(number + 1, len(prompts))
+        return given
+
+    return shares.shared(list(range(len(prompts))), answered)

@@ -9,6 +9,7 @@ from llmscale.evaluation.bootstrap import interval, mean_interval
 from llmscale.evaluation.generation import Generation, answers_or_continuations
 from llmscale.evaluation.packages import package
 from llmscale.evaluation.referenced import Referenced
+from llmscale.parallel import shares
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 NAMED = 5
@@ -25,16 +26,24 @@ def written_against_references(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of a model's continuations, one prompt at a time, and the continuations.
 
+    Ranks that have met share the prompts; collective then.
+
     Raises:
         MachineError: if sacrebleu or rouge-score is missing.
     """
     for name in ("sacrebleu", "rouge_score"):
         package(name, "generation")
-    texts = []
-    for number, one in enumerate(records):
-        said, _ = answers_or_continuations(model, tokenizer, one.prompt, settings, seed + number)
-        texts.append(said[0])
-        on_prompt(number + 1, len(records))
+
+    def written(numbers: list[int]) -> list[str]:
+        texts = []
+        for number in numbers:
+            prompt = records[number].prompt
+            said, _ = answers_or_continuations(model, tokenizer, prompt, settings, seed + number)
+            texts.append(said[0])
+            on_prompt(number + 1, len(records))
+        return texts
+
+    texts = shares.shared(list(range(len(records))), written)
     told = [
         {
             "place": one.place,

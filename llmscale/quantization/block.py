@@ -71,7 +71,8 @@ def quantize_block(
     Layers with one input are of one format; the recipe knows them by their names in the block.
 
     Every window's pass waits before each group of layers until they are quantized, so that the
-    next layers see what these compute in the end ("true sequential").
+    next layers see what these compute in the end ("true sequential"). Ranks that share the windows
+    quantize alike, by what all of them have seen; collective.
 
     Raises:
         RecipeError: if a layer's inputs are of no use.
@@ -96,6 +97,7 @@ def quantize_block(
             statistics = InputStatistics(columns, own.scheme.by_products)
             for one in passes:
                 statistics.add(one.go_on())
+            statistics.join()
             shares_i = shares(group[0], config, columns)
             try:
                 quantized = quantize_layers(weights, own, statistics, shares_i)

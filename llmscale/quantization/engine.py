@@ -1,5 +1,7 @@
 """Quantizing a Hugging Face folder block by block, resumable after every block.
 
+Ranks that share a calibration each have their windows, and quantize alike; the first one writes.
+
 Shape legend: n windows, s tokens in one, d hidden size.
 """
 
@@ -23,6 +25,7 @@ from llmscale.artifacts import (
     write_json,
 )
 from llmscale.models.stored_weights import INDEX
+from llmscale.parallel import shares
 from llmscale.quantization.block import (
     BlockResult,
     layers_by_input,
@@ -50,12 +53,13 @@ def quantize_folder(
 ) -> None:
     """Writes ``target``, a folder with the model's weights quantized; goes on where it was.
 
-    Finished blocks wait beside the target, with what goes into the next one.
+    Collective where several ranks have met. Finished blocks wait beside the target, with what
+    goes into the next one.
 
     Raises:
         RecipeError: if the model cannot be quantized.
     """
-    beside = _begun(model.folder, target, recipe, windows_ns)
+    beside = shares.by_first(lambda: _begun(model.folder, target, recipe, windows_ns))
     blocks = len(model.blocks)
     before = 0
     if recipe.bits is not None:
@@ -64,7 +68,7 @@ def quantize_folder(
         recipe = _with_formats(
             beside, model, recipe, windows_ns, lambda passed: on_block(passed, before + blocks)
         )
-    done = sum(1 for _ in _finished(beside, blocks))
+    done = shares.by_first(lambda: sum(1 for _ in _finished(beside, blocks)))
     on_block(before + done, before + blocks)
     stream = None if windows_ns is None else Stream.after(beside, model, windows_ns, done)
     for number in range(done, blocks):
@@ -76,15 +80,19 @@ def quantize_folder(
                 result = stream.through(block, number, model, own)
         if stream is not None:
             stream.keep(beside, number + 1, result)
-        named = {f"{model.prefix}.{number}.{name}": t for name, t in result.tensors.items()}
-        _save(named, beside / _shard(number))
+        shares.together()
+        if shares.first():
+            named = {f"{model.prefix}.{number}.{name}": t for name, t in result.tensors.items()}
+            _save(named, beside / _shard(number))
         on_block(before + number + 1, before + blocks)
-    _finish(model, beside, target, recipe)
+    if shares.first():
+        _finish(model, beside, target, recipe)
+    shares.together()
 
 
 @dataclass
 class Stream:
-    """What goes into the next block for every window [1, s, d], and what blocks are told."""
+    """What goes into the next block for this rank's windows [1, s, d], and what blocks are told."""
 
     hidden: list[Tensor]
     told: list[dict[str, Any]]
@@ -93,10 +101,10 @@ class Stream:
     @classmethod
     def after(cls, beside: Path, model: BlockwiseModel, windows_ns: Tensor, done: int) -> "Stream":
         """As it is when some blocks are done."""
-        hidden, told = model.first_inputs(windows_ns if done == 0 else windows_ns[:1])
+        own_ns = shares.own(windows_ns)
+        hidden, told = model.first_inputs(own_ns if done == 0 else own_ns[:1])
         if done:
-            kept = load_file(beside / f"{INPUTS}-{done:05d}.safetensors")[INPUTS]
-            hidden = list(kept.split(1))
+            hidden = shares.own(_kept(beside, done))
         return cls(hidden, told)
 
     def through(
@@ -113,8 +121,23 @@ class Stream:
 
     def keep(self, beside: Path, number: int, result: BlockResult) -> None:
         """Writes what goes into a block, and removes what went into the one before the last."""
-        _save({INPUTS: torch.cat(result.outputs)}, beside / f"{INPUTS}-{number:05d}.safetensors")
-        (beside / f"{INPUTS}-{number - 2:05d}.safetensors").unlink(missing_ok=True)
+        _save({INPUTS: torch.cat(result.outputs)}, beside / _inputs(number))
+        (beside / _inputs(number - 2)).unlink(missing_ok=True)
+
+
+def _inputs(number: int) -> str:
+    """The file in which this rank keeps what goes into a block."""
+    rank, count = shares.place()
+    return f"{INPUTS}-{number:05d}-{rank:03d}-{count:03d}.safetensors"
+
+
+def _kept(beside: Path, number: int) -> list[Tensor]:
+    """What goes into a block, of all windows, from however many ranks kept it."""
+    parts: dict[str, list[Path]] = {}
+    for file in sorted(beside.glob(f"{INPUTS}-{number:05d}-*.safetensors")):
+        parts.setdefault(file.stem.rpartition("-")[2], []).append(file)
+    whole = next(files for count, files in parts.items() if len(files) == int(count))
+    return shares.interleaved([load_file(file)[INPUTS].split(1) for file in whole])
 
 
 def _begun(source: Path, target: Path, recipe: Recipe, windows_ns: Tensor | None) -> Path:
@@ -143,11 +166,15 @@ def _with_formats(
     on_pass: Callable[[int], None],
 ) -> Recipe:
     """The recipe with the layers that get more bits, measured once a call."""
-    wide = read_json(beside / WIDE)
-    if wide is None:
-        wide = wide_layers(model, recipe, windows_ns, beside, on_pass)
-        write_json(beside / WIDE, wide)
-    return replace(recipe, wide=frozenset(wide))
+
+    def measured() -> list[str]:
+        wide: list[str] | None = read_json(beside / WIDE)
+        if wide is None:
+            wide = wide_layers(model, recipe, windows_ns, beside, on_pass)
+            write_json(beside / WIDE, wide)
+        return wide
+
+    return replace(recipe, wide=frozenset(shares.by_first(measured)))
 
 
 def _finished(beside: Path, blocks: int) -> Iterator[int]:

@@ -6,6 +6,8 @@ Shape legend: n tokens, i inputs (columns).
 import torch
 from torch import Tensor
 
+from llmscale.parallel import shares
+
 PANELS = 6
 SAMPLES_A_WINDOW = 16
 
@@ -32,6 +34,14 @@ class InputStatistics:
         self._samples.append(inputs_ni[:: max(1, len(inputs_ni) // SAMPLES_A_WINDOW)].clone())
         if self._lower_ii is not None:
             add_products(self._lower_ii, inputs_ni)
+
+    def join(self) -> None:
+        """Takes in what the other ranks have; collective."""
+        self.tokens = int(shares.added(torch.tensor(self.tokens)))
+        shares.greatest(self.largest_i)
+        self._samples = shares.in_order(self._samples)
+        if self._lower_ii is not None:
+            shares.added(self._lower_ii)
 
     @property
     def hessian_ii(self) -> Tensor:

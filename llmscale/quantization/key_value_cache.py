@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmscale.parallel import shares
 from llmscale.quantization.families import SCALED_FAMILIES
 from llmscale.quantization.schemes import CacheNumber
 
@@ -32,10 +33,10 @@ class SeenCache:
         return keys, values
 
     def scales(self, number: CacheNumber, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The greatest magnitudes over the greatest code, by their names in a block."""
+        """The greatest magnitudes over the greatest code, by their names in a block; collective."""
         found = {}
         for name, largest_c in (("k_scale", self.keys_c), ("v_scale", self.values_c)):
-            scale = (largest_c.max() / GREATEST_CODES[number]).reshape(1)
+            scale = (shares.greatest(largest_c.max()) / GREATEST_CODES[number]).reshape(1)
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             found[f"{ATTENTION}.{name}"] = scale.to(dtype)
         return found

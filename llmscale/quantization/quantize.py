@@ -12,6 +12,7 @@ import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import RecipeError
 from llmscale.packages import require_package
+from llmscale.parallel import shares
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
 from llmscale.quantization.key_value_cache import CACHED_FAMILIES
@@ -95,6 +96,11 @@ def quantize(
             raise RecipeError(f"{where}: {settings.calibrates} is calibrated with texts; give some")
         longest = model.config.max_position_embeddings
         windows = calibration_windows(texts, load_tokenizer(source), tokens, longest, where)
+        if len(windows) < shares.place()[1]:
+            raise RecipeError(
+                f"ranks: {shares.place()[1]} are more than the {len(windows)} windows of "
+                f"{windows.shape[1]:,} tokens that the calibration has; use {len(windows)}"
+            )
         more["calibration_tokens"] = windows.numel()
         if windows.numel() < tokens // windows.shape[1] * windows.shape[1]:
             listener.say(f"{where}: holds {windows.numel():,} tokens of the {tokens:,} wanted")

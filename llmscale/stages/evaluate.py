@@ -4,9 +4,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from llmscale.artifacts import version_of, write_json, write_text
 from llmscale.clusters.base import ClusterSettings
@@ -16,7 +16,7 @@ from llmscale.data.documents import read_documents
 from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import answers_or_continuations
 from llmscale.models.architecture import Architecture
-from llmscale.settings import Name, Problem, under
+from llmscale.settings import NOT_IDENTITY, Name, Problem, under
 from llmscale.stages.base import (
     MODEL_FILES,
     MODEL_KINDS,
@@ -26,8 +26,11 @@ from llmscale.stages.base import (
     Workspace,
 )
 from llmscale.stages.measures import Classification, Perplexity, Samples, Tasks, WrittenTexts
+from llmscale.stages.shared import met, sharing_problems, sharing_task
 
-MEASURES = ("perplexity", "classification", "generation", "tasks", "samples")
+SHARED = ("perplexity", "classification", "generation")
+"""What ranks do together, before the first one does the rest."""
+MEASURES = (*SHARED, "tasks", "samples")
 
 
 class Evaluate(ModelStage):
@@ -35,7 +38,8 @@ class Evaluate(ModelStage):
 
     ``classification`` and ``generation`` have a name for each file; what was answered and
     written is in the stage's folder, as ``classification-NAME.jsonl`` and
-    ``generation-NAME.jsonl``.
+    ``generation-NAME.jsonl``. So many ``ranks`` of one node share texts and prompts; tasks and
+    samples are the first one's.
     """
 
     kind: Literal["evaluate"]
@@ -44,6 +48,7 @@ class Evaluate(ModelStage):
     generation: dict[Name, WrittenTexts] | None = None
     tasks_: Tasks | None = Field(default=None, alias="tasks")
     samples: Samples | None = None
+    ranks: Annotated[PositiveInt, NOT_IDENTITY] = 1
 
     links: ClassVar[Mapping[str, Link]] = {
         **ModelStage.links,
@@ -55,7 +60,7 @@ class Evaluate(ModelStage):
         return [[file, *version_of(Path(file))] for file in files]
 
     def tasks(self, cluster: ClusterSettings) -> tuple[RankTask, ...]:
-        return (RankTask("run", on_device=True),)
+        return (sharing_task(self.ranks, on_device=True),)
 
     def _measures(self) -> list[Any]:
         """Those that read files."""
@@ -74,6 +79,7 @@ class Evaluate(ModelStage):
             yield from under("generation", under(name, written.problems()))
         if self.tasks_ is not None:
             yield from under("tasks", self.tasks_.problems())
+        yield from sharing_problems(self.ranks, view.cluster)
         yield from self._objective_problems(view)
 
     def _objective_problems(self, view: RecipeView) -> Iterator[Problem]:
@@ -94,11 +100,13 @@ class Evaluate(ModelStage):
         from llmscale.evaluation.packages import require
 
         require(self.classification, self.generation, self.tasks_)
-        model, tokenizer = load_model(workspace.inputs["model"], workspace.device)
-        rank = _Rank(self, workspace, model, tokenizer)
-        for measure in MEASURES:
-            if figures := getattr(rank, measure)():
-                workspace.folder.add_metrics(**figures)
+        with met(workspace, workspace.device):
+            model, tokenizer = load_model(workspace.inputs["model"], workspace.device)
+            rank = _Rank(self, workspace, model, tokenizer)
+            for measure in SHARED if workspace.rank else MEASURES:
+                figures = getattr(rank, measure)()
+                if figures and workspace.rank == 0:
+                    workspace.folder.add_metrics(**figures)
 
 
 class _Rank:
@@ -132,7 +140,7 @@ class _Rank:
             texts,
             length=length,
             stride=min(settings.stride or max(1, length // 2), length),
-            on_text=lambda done: self.workspace.progress.update(done, len(texts), "texts"),
+            on_text=lambda done: self._progress("texts")(done, len(texts)),
         )
         counts = Counter(
             token
@@ -206,8 +214,12 @@ class _Rank:
         return {}
 
     def _progress(self, unit: str) -> Callable[[int, int], None]:
+        if self.workspace.rank > 0:
+            return lambda done, total: None
         return lambda done, total: self.workspace.progress.update(done, total, unit)
 
     def _write(self, name: str, told: list[dict[str, Any]]) -> None:
+        if self.workspace.rank > 0:
+            return
         lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in told)
         write_text(self.workspace.folder.path / name, "".join(lines))

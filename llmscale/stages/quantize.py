@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
@@ -11,8 +11,9 @@ from llmscale.clusters.base import ClusterSettings, Task
 from llmscale.data.corpus import read_split
 from llmscale.data.documents import read_documents
 from llmscale.quantization.schemes import SCHEMES, Quantization
-from llmscale.settings import Problem, Settings
+from llmscale.settings import NOT_IDENTITY, Problem, Settings
 from llmscale.stages.base import ModelStage, RecipePattern, RecipeView, Workspace, matching_files
+from llmscale.stages.shared import met, sharing_problems, sharing_task
 
 
 class Texts(Settings):
@@ -84,13 +85,23 @@ class QuantizedStage(ModelStage):
 
 
 class Quantize(QuantizedStage, Quantization):
-    """``kind: quantize``. Gives ``hf/``."""
+    """``kind: quantize``. Gives ``hf/``.
+
+    So many ``ranks`` share the calibration's windows; they are processes on the CPU of one node.
+    """
 
     kind: Literal["quantize"]
+    ranks: Annotated[PositiveInt, NOT_IDENTITY] = 1
 
     product: ClassVar[str] = "hf"
 
+    def tasks(self, cluster: ClusterSettings) -> tuple[Task, ...]:
+        return (sharing_task(self.ranks, on_device=False),)
+
     def problems(self, view: RecipeView) -> Iterator[Problem]:
+        if self.ranks > 1 and self.calibrates is None:
+            yield Problem(("ranks",), f"{self.scheme} is not calibrated; remove it")
+        yield from sharing_problems(self.ranks, view.cluster)
         asking = "scheme" if SCHEMES[self.scheme].calibrated else "key_value_cache"
         yield from self.calibration_problems((asking,), self.calibrates)
         yield from super().problems(view)
@@ -111,6 +122,10 @@ class Quantize(QuantizedStage, Quantization):
                 yield Problem((key,), f"{self.model} was trained for {mend}")
 
     def run(self, task: str, workspace: Workspace) -> None:
+        with met(workspace, "cpu"):
+            self._quantize(workspace)
+
+    def _quantize(self, workspace: Workspace) -> None:
         from llmscale.quantization.quantize import Listener, quantize
 
         calibration = self.calibration
@@ -123,6 +138,9 @@ class Quantize(QuantizedStage, Quantization):
             tokens=calibration.tokens if calibration else 0,
             listener=Listener(
                 lambda done, blocks: workspace.progress.update(done, blocks, "blocks"), print
-            ),
+            )
+            if workspace.rank == 0
+            else None,
         )
-        workspace.folder.add_metrics(**figures)
+        if workspace.rank == 0:
+            workspace.folder.add_metrics(**figures)
