@@ -118,8 +118,7 @@ def learning_setup(recipe: Recipe, stage: Ppo, device: Device, gpus: int) -> Lea
         critic = replace(critic, architecture=valued)
     return LearningSetup(
         policy=policy,
-        critic=critic,
-        groups=_groups(recipe, stage, policy, layouts[1:]),
+        groups=_groups(recipe, stage, policy, critic, layouts[1:]),
         samples=stage.rollout.samples,
         answer_tokens=stage.rollout.max_new_tokens,
         rollout_batch=stage.rollout.batch,
@@ -130,7 +129,7 @@ def learning_setup(recipe: Recipe, stage: Ppo, device: Device, gpus: int) -> Lea
 
 
 def _groups(
-    recipe: Recipe, stage: Ppo, policy: Setup, layouts: Sequence[Layout]
+    recipe: Recipe, stage: Ppo, policy: Setup, critic: Setup | None, layouts: Sequence[Layout]
 ) -> dict[str, RoleGroup]:
     """The policy's ranks with all roles that no other group plays, then the others."""
     scorers = tuple(
@@ -141,20 +140,24 @@ def _groups(
     placed = {role for group in stage.placement.values() for role in group.roles}
     roles = {"policy": {*ROLES} - placed}
     roles |= {name: {*group.roles} for name, group in stage.placement.items()}
-    setups = [policy, *(_at(policy, layout) for layout in layouts)]
+    placed_at = [None, *layouts]
+    setups = [_at(policy, layout) for layout in placed_at]
     return {
         name: RoleGroup(
             ranks=setup.gpus,
             answers="rollout" in own,
             reference=setup if "reference" in own and stage.kl.wanted else None,
             scorers=scorers if "rewards" in own else (),
+            critic=_at(critic, layout) if critic is not None and "critic" in own else None,
         )
-        for (name, own), setup in zip(roles.items(), setups, strict=True)
+        for (name, own), setup, layout in zip(roles.items(), setups, placed_at, strict=True)
     }
 
 
-def _at(setup: Setup, layout: Layout) -> Setup:
-    """The same model at another layout of its own ranks."""
+def _at(setup: Setup, layout: Layout | None) -> Setup:
+    """The same model at another layout of its own ranks, if there is one."""
+    if layout is None:
+        return setup
     data = layout.data or 1
     return replace(
         setup,

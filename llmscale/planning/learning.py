@@ -33,12 +33,14 @@ class RoleGroup:
         answers: whether they have copies of the policy that answer.
         reference: the reference at their layout, if they have it.
         scorers: reward models, each whole on one device.
+        critic: the critic's training at their layout, if they have it.
     """
 
     ranks: int
     answers: bool
     reference: Setup | None
     scorers: tuple[Setup, ...]
+    critic: Setup | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,7 @@ class LearningSetup:
 
     Attributes:
         policy: its training at the layout; ``global_batch`` is of an update.
-        critic: the same of a critic, if there is one.
-        groups: by name; the first one's ranks learn, too.
+        groups: by name; the first one is the policy's ranks.
         samples: answers an iteration.
         answer_tokens: tokens that an answer has at most.
         rollout_batch: answers that a rank generates at a time.
@@ -59,7 +60,6 @@ class LearningSetup:
     """
 
     policy: Setup
-    critic: Setup | None
     groups: Mapping[str, RoleGroup]
     samples: int
     answer_tokens: int
@@ -67,11 +67,6 @@ class LearningSetup:
     passes: int
     vllm: bool = False
     ahead: bool = False
-
-    @property
-    def trained(self) -> list[Setup]:
-        """Those that learn."""
-        return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     @property
     def answering(self) -> RoleGroup:
@@ -135,7 +130,9 @@ def learning_memory(setup: LearningSetup) -> dict[str, RoleMemory]:
 
 def _group_memory(setup: LearningSetup, group: RoleGroup, learns: bool) -> RoleMemory:
     policy = setup.policy
-    needs = [memory(each) for each in setup.trained] if learns else []
+    trained = [policy] if learns else []
+    trained += [] if group.critic is None else [group.critic]
+    needs = [memory(each) for each in trained]
     buffers = PROCESS_BYTES if policy.device.generation == "cpu" else CONTEXT_BYTES
     working = [need.activations + need.logits for need in needs]
     rollout = whole_bytes(policy) if group.answers else 0.0
@@ -146,7 +143,7 @@ def _group_memory(setup: LearningSetup, group: RoleGroup, learns: bool) -> RoleM
         working.append(generation_bytes(setup))
     return RoleMemory(
         policy=needs[0].state if learns else 0.0,
-        critic=needs[1].state if learns and setup.critic is not None else 0.0,
+        critic=0.0 if group.critic is None else needs[-1].state,
         reference=0.0 if group.reference is None else _weight_bytes(group.reference),
         rollout=rollout,
         rewards=sum(map(whole_bytes, group.scorers)),
@@ -178,17 +175,24 @@ def cached_bytes(policy: Setup) -> float:
 
 
 def iteration_time(setup: LearningSetup, constants: Constants) -> IterationTime:
-    """Predicts the parts of an iteration; of a rollout ahead, what an update does not hide."""
+    """Predicts the parts of an iteration; of a rollout ahead, what an update does not hide.
+
+    Policy and critic learn one after the other on common ranks, else at the same time.
+    """
     updates = setup.passes * setup.samples / setup.policy.global_batch
-    update = updates * sum(step_time(each, constants).total for each in setup.trained)
+    update = step_time(setup.policy, constants).total
     rollout = rollout_seconds(setup, constants)
-    asked, score = list(setup.trained), 0.0
-    for group in setup.groups.values():
-        asked += [] if group.reference is None else [group.reference]
+    asked, score = [setup.policy], 0.0
+    for number, group in enumerate(setup.groups.values()):
+        if group.critic is not None:
+            critic = step_time(group.critic, constants).total
+            update = max(update, critic) if number else update + critic
+        asked += [each for each in (group.critic, group.reference) if each is not None]
         each = ceil(setup.rank_samples(group))
         scorers = (replace(scorer, global_batch=each) for scorer in group.scorers)
         score += sum(forward_seconds(scorer, constants) for scorer in scorers)
     whole = (replace(each, global_batch=setup.samples) for each in asked)
+    update *= updates
     return IterationTime(
         rollout=max(0.0, rollout - update) if setup.ahead else rollout,
         score=score,

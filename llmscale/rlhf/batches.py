@@ -13,6 +13,7 @@ from torch import Tensor
 from llmscale.rlhf.policy_losses import (
     Estimator,
     clipped_policy_loss,
+    disagreement,
     divergence,
     entropy_loss,
     value_loss,
@@ -43,17 +44,16 @@ class PolicyObjective:
 class Experience:
     """What an iteration's answers are, and what is known of them: all that an update needs.
 
-    ``sampled_ns`` are the policy's log-probabilities when it answered, ``reference_ns`` the
-    reference's; ``values_ns`` and ``returns_ns`` are a critic's, if there is one. ``weights_ns``
-    are of tokens that an earlier policy answered.
+    ``sampled_ns`` are the policy's log-probabilities when it answered, None where its update is to
+    see them; ``rollout_ns`` are what the rollout had for them, ``reference_ns`` the reference's.
+    ``weights_ns`` are of tokens that an earlier policy answered.
     """
 
     rows: Rows
-    sampled_ns: Tensor
+    sampled_ns: Tensor | None
+    rollout_ns: Tensor
     advantages_ns: Tensor
     reference_ns: Tensor | None = None
-    values_ns: Tensor | None = None
-    returns_ns: Tensor | None = None
     weights_ns: Tensor | None = None
 
     @property
@@ -70,16 +70,30 @@ class Experience:
             positions_bs=rows.positions_bs,
             labels_bs=rows.labels_bs,
             mask_bs=rows.mask_bs,
-            sampled_bs=self.sampled_ns[own],
+            sampled_bs=None if self.sampled_ns is None else self.sampled_ns[own],
+            rollout_bs=self.rollout_ns[own],
             advantages_bs=self.advantages_ns[own],
             reference_bs=None if self.reference_ns is None else self.reference_ns[own],
             weights_bs=None if self.weights_ns is None else self.weights_ns[own],
             objective=objective,
         )
 
-    def value_batch(self, numbers: Sequence[int], clip: float | None) -> "ValueBatch":
-        """Some answers, for the critic to learn from."""
-        assert self.values_ns is not None and self.returns_ns is not None, "there is a critic"
+
+@dataclass(frozen=True)
+class Expected:
+    """What a critic expected of answers, and what it should have: all that it learns from."""
+
+    rows: Rows
+    values_ns: Tensor
+    returns_ns: Tensor
+
+    def to(self, device: torch.device) -> "Expected":
+        """The same on another device."""
+        rows = self.rows.to(device)
+        return Expected(rows, self.values_ns.to(device), self.returns_ns.to(device))
+
+    def batch(self, numbers: Sequence[int], clip: float | None) -> "ValueBatch":
+        """Some answers."""
         own = list(numbers)
         rows = self.rows.chosen(own)
         return ValueBatch(
@@ -113,21 +127,31 @@ class AnsweredBatch(WholeTextBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch(AnsweredBatch):
-    """Answers, and how much better each token was than expected."""
+    """Answers, and how much better each token was than expected.
+
+    Where ``sampled_bs`` is None, the policy has not learned since it answered: no ratio is other
+    than 1, but it has a gradient. Then what the policy makes of its answers is told, too.
+    """
 
     labels_bs: Tensor
-    sampled_bs: Tensor
+    sampled_bs: Tensor | None
+    rollout_bs: Tensor
     advantages_bs: Tensor
     reference_bs: Tensor | None
     weights_bs: Tensor | None
     objective: PolicyObjective
 
-    figures: ClassVar[tuple[str, ...]] = ("clip_fraction", "update_kl")
+    @property
+    def figures(self) -> tuple[str, ...]:
+        seen = () if self.sampled_bs is not None else ("entropy", "rollout_disagreement")
+        return "clip_fraction", "update_kl", *seen
 
     def loss(self, outputs: Tensor) -> LossSum:
         own, counted_bs = self.objective, self.mask_bs > 0
         log_probabilities_bs = -outputs.float()
-        log_ratio_bs = torch.where(counted_bs, log_probabilities_bs - self.sampled_bs, 0.0)
+        known_bs = log_probabilities_bs.detach()
+        sampled_bs = known_bs if self.sampled_bs is None else self.sampled_bs
+        log_ratio_bs = torch.where(counted_bs, log_probabilities_bs - sampled_bs, 0.0)
         loss_bs = clipped_policy_loss(log_ratio_bs, self.advantages_bs, own.clip, own.dual_clip)
         if self.weights_bs is not None:
             loss_bs = loss_bs * self.weights_bs
@@ -141,7 +165,10 @@ class PolicyBatch(AnsweredBatch):
             loss_bs = loss_bs + own.kl_weight * divergence(apart_bs, own.kl_estimator)
         moved_bs = log_ratio_bs.detach()
         clipped_bs = ((moved_bs.exp() - 1).abs() > own.clip).float()
-        return self._summed(loss_bs, [clipped_bs, divergence(-moved_bs, "k3")])
+        told = [clipped_bs, divergence(-moved_bs, "k3")]
+        if self.sampled_bs is None:
+            told += [-known_bs, disagreement(self.rollout_bs, known_bs)]
+        return self._summed(loss_bs, told)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,11 +93,9 @@ class Controller:
         clock.stop("rollout_seconds")
         scores = roles.scorers.scores(answers)
         clock.stop("score_seconds")
-        experience, figures = examined(
+        experience, expected, figures = examined(
             lesson, roles, self.form, answers, scores, coefficient, early=early is not None
         )
-        if early is None:
-            self._watch(figures["rollout_disagreement"])
         clock.stop("examine_seconds")
         tokens = sum(len(answer.tokens) for answer in answers)
         following = replace(
@@ -108,15 +106,18 @@ class Controller:
         )
         if roles.early is not None and following.step < lesson.steps:
             roles.early.begin(*self._asked(following))
-        figures |= updated(lesson, roles, experience, coefficient, state.step)
+        figures |= updated(lesson, roles, experience, expected, coefficient, state.step)
         clock.stop("update_seconds")
+        if early is None:
+            self._watch(figures["rollout_disagreement"])
         if roles.early is not None:
             roles.early.finish()
             clock.stop("waiting_seconds")
         roles.rollout.synchronize(roles.policy.whole_weights())
         clock.stop("synchronize_seconds")
         following = replace(following, kl_coefficient=self._adapted(coefficient, figures))
-        self._note(following, answers, scores, tokens, figures | clock.seconds)
+        figures |= clock.seconds | roles.waits()
+        self._note(following, answers, scores, tokens, figures)
         return following
 
     def answers(self, state: TrainingState) -> list[Answer]:

@@ -9,6 +9,7 @@ from llmscale.artifacts import write_text
 from llmscale.data.prompts import Prompt
 from llmscale.rlhf.answers import Answer
 from llmscale.rlhf.remote import RemoteRollout
+from llmscale.training.engine import Writing
 
 FILE = "early_answers.json"
 ANSWERS = TypeAdapter(list[Answer])
@@ -49,7 +50,7 @@ class EarlyAnswers:
         self._waiting = ANSWERS.validate_json((folder / FILE).read_bytes()) or None
 
 
-class EarlyAnswersWriting:
+class EarlyAnswersWriting(Writing):
     """Answers on their way into a file."""
 
     def __init__(self, answers: list[Answer], file: Path) -> None:

@@ -4,6 +4,7 @@ Shape legend: n answers, s places a row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,14 +13,23 @@ from llmscale.errors import StageError
 from llmscale.rlhf.advantages import masked_mean
 from llmscale.rlhf.algorithms import ESTIMATORS, Judged, Weighing
 from llmscale.rlhf.answers import Answer, answer_rows, rollout_probabilities
-from llmscale.rlhf.batches import Experience
+from llmscale.rlhf.batches import Expected, Experience
 from llmscale.rlhf.lesson import Lesson
-from llmscale.rlhf.metrics import answer_figures, disagreement, explained_variance
-from llmscale.rlhf.passes import log_probabilities, values
-from llmscale.rlhf.policy_losses import divergence
+from llmscale.rlhf.metrics import answer_figures, explained_variance
+from llmscale.rlhf.passes import log_probabilities
+from llmscale.rlhf.policy_losses import disagreement, divergence
 from llmscale.rlhf.roles import Roles
 from llmscale.rlhf.scoring import Scores
 from llmscale.training.rows import RowForm, Rows
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the models say at each place, ``[n, s]``; None of one that is not there or not asked."""
+
+    policy_ns: Tensor | None
+    reference_ns: Tensor | None
+    critic_ns: Tensor | None
 
 
 def examined(
@@ -30,8 +40,10 @@ def examined(
     scores: Scores,
     coefficient: float,
     early: bool = False,
-) -> tuple[Experience, dict[str, float]]:
-    """What there is to learn from answers, and what is told of them; collective.
+) -> tuple[Experience, Expected | None, dict[str, float]]:
+    """What there is to learn from answers, for policy and critic, and what is told of them.
+
+    Collective.
 
     Args:
         coefficient: of the divergence from the reference.
@@ -42,64 +54,72 @@ def examined(
     """
     rows = answer_rows(answers, form, roles.policy.device)
     mask_ns, rollout_ns = rows.mask_bs > 0, rollout_probabilities(answers, rows)
-    sampled_ns, reference_ns, values_ns = _asked(roles, rows, lesson.batch.micro)
-    apart_ns = _apart(sampled_ns, reference_ns, mask_ns)
-    penalties_ns = torch.zeros_like(sampled_ns)
-    if lesson.kl.place == "reward":
+    said = _asked(lesson, roles, rows, policy=early or not lesson.seen_in_update)
+    apart_ns = _apart(said, mask_ns)
+    penalties_ns = torch.zeros_like(rollout_ns)
+    if apart_ns is not None and lesson.kl.place == "reward":
         penalties_ns = coefficient * divergence(apart_ns, lesson.kl.estimator)
-    scores_n = torch.tensor(scores.total_n, device=sampled_ns.device)
-    judged = Judged(scores_n, penalties_ns, mask_ns, values_ns)
+    scores_n = torch.tensor(scores.total_n, device=rollout_ns.device)
+    judged = Judged(scores_n, penalties_ns, mask_ns, said.critic_ns)
     estimates = ESTIMATORS[lesson.algorithm](judged, _weighing(lesson))
     experience = Experience(
         rows=rows,
-        sampled_ns=sampled_ns,
+        sampled_ns=said.policy_ns,
+        rollout_ns=rollout_ns,
         advantages_ns=estimates.advantages_ns,
-        reference_ns=reference_ns,
-        values_ns=values_ns,
-        returns_ns=estimates.returns_ns,
-        weights_ns=_weights(sampled_ns, rollout_ns, mask_ns, lesson) if early else None,
+        reference_ns=said.reference_ns,
+        weights_ns=_weights(said, rollout_ns, mask_ns, lesson) if early else None,
     )
-    figures = answer_figures(answers, scores) | {
-        "entropy": float(masked_mean(-sampled_ns, mask_ns)),
-        "rollout_disagreement": disagreement(rollout_ns, sampled_ns, mask_ns),
-    }
-    if experience.weights_ns is not None:
-        figures["importance_weight"] = float(masked_mean(experience.weights_ns, mask_ns))
-    if reference_ns is not None:
+    figures = answer_figures(answers, scores) | _policy_figures(experience)
+    if apart_ns is not None:
         figures |= {"kl": float(apart_ns.sum(1).mean()), "kl_coefficient": coefficient}
-    if values_ns is not None and estimates.returns_ns is not None:
-        told = explained_variance(values_ns, estimates.returns_ns, mask_ns)
+    expected = None
+    if said.critic_ns is not None and estimates.returns_ns is not None:
+        expected = Expected(rows, said.critic_ns, estimates.returns_ns)
+        told = explained_variance(said.critic_ns, estimates.returns_ns, mask_ns)
         figures["explained_variance"] = told
-    return experience, figures
+    return experience, expected, figures
 
 
-def _asked(
-    roles: Roles, rows: Rows, micro_batch: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What policy, reference and critic say at each place, ``[n, s]`` each."""
-    sampled_ns = log_probabilities(roles.policy, rows, micro_batch)
-    reference_ns = values_ns = None
-    if roles.reference is not None:
-        reference_ns = roles.reference.log_probabilities(rows, micro_batch)
-    if roles.critic is not None:
-        values_ns = values(roles.critic, rows, micro_batch)
-    said = {"policy": sampled_ns, "reference": reference_ns, "critic": values_ns}
-    for name, known_ns in said.items():
+def _asked(lesson: Lesson, roles: Roles, rows: Rows, policy: bool) -> Said:
+    """What the models say; of the policy only if it is wanted now."""
+    micro_batch, reference, critic = lesson.batch.micro, roles.reference, roles.critic
+    said = Said(
+        policy_ns=log_probabilities(roles.policy, rows, micro_batch) if policy else None,
+        reference_ns=reference.log_probabilities(rows, micro_batch) if reference else None,
+        critic_ns=critic.values(rows) if critic else None,
+    )
+    for name, known_ns in vars(said).items():
         if known_ns is not None and not bool(known_ns[rows.mask_bs > 0].isfinite().all()):
-            raise StageError(f"the {name}'s outputs are not finite; nothing was learned from them")
-    return sampled_ns, reference_ns, values_ns
+            who = name.removesuffix("_ns")
+            raise StageError(f"the {who}'s outputs are not finite; nothing was learned from them")
+    return said
 
 
-def _apart(sampled_ns: Tensor, reference_ns: Tensor | None, mask_ns: Tensor) -> Tensor:
+def _apart(said: Said, mask_ns: Tensor) -> Tensor | None:
     """By how much the policy's log-probabilities are above the reference's; 0 where masked."""
-    if reference_ns is None:
-        return torch.zeros_like(sampled_ns)
-    return torch.where(mask_ns, sampled_ns - reference_ns, 0.0)
+    if said.policy_ns is None or said.reference_ns is None:
+        return None
+    return torch.where(mask_ns, said.policy_ns - said.reference_ns, 0.0)
 
 
-def _weights(sampled_ns: Tensor, rollout_ns: Tensor, mask_ns: Tensor, lesson: Lesson) -> Tensor:
+def _policy_figures(experience: Experience) -> dict[str, float]:
+    """What is known of the policy; nothing where its update is to see it."""
+    own, mask_ns = experience, experience.mask_ns
+    told = {}
+    if own.sampled_ns is not None:
+        differing_ns = disagreement(own.rollout_ns, own.sampled_ns)
+        told["entropy"] = float(masked_mean(-own.sampled_ns, mask_ns))
+        told["rollout_disagreement"] = float(masked_mean(differing_ns, mask_ns))
+    if own.weights_ns is not None:
+        told["importance_weight"] = float(masked_mean(own.weights_ns, mask_ns))
+    return told
+
+
+def _weights(said: Said, rollout_ns: Tensor, mask_ns: Tensor, lesson: Lesson) -> Tensor:
     """How much likelier the policy's tokens are than when they were sampled, up to a cap."""
-    ratio_ns = torch.where(mask_ns, sampled_ns - rollout_ns, 0.0).exp()
+    assert said.policy_ns is not None, "it was asked"
+    ratio_ns = torch.where(mask_ns, said.policy_ns - rollout_ns, 0.0).exp()
     return ratio_ns.clamp(max=lesson.rollout.weight_cap)
 
 

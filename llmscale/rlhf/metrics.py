@@ -6,10 +6,8 @@ Shape legend: n answers, s places a row.
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
-from llmscale.rlhf.advantages import masked_mean
 from llmscale.rlhf.answers import Answer
 from llmscale.rlhf.scoring import Scores
 
@@ -37,10 +35,3 @@ def explained_variance(values_ns: Tensor, returns_ns: Tensor, mask_ns: Tensor) -
     returns, errors = returns_ns[mask_ns], (returns_ns - values_ns)[mask_ns]
     spread = returns.var(correction=0)
     return float(1 - errors.var(correction=0) / spread) if spread > 0 else 0.0
-
-
-def disagreement(rollout_ns: Tensor, policy_ns: Tensor, mask_ns: Tensor) -> float:
-    """By how much the rollout's probabilities differ from the policy's own, as a mean share."""
-    return float(
-        masked_mean(torch.expm1((rollout_ns - policy_ns).where(mask_ns, 0)).abs(), mask_ns)
-    )

@@ -54,6 +54,11 @@ def divergence(log_ratio: Tensor, estimator: Estimator) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
+def disagreement(rollout: Tensor, policy: Tensor) -> Tensor:
+    """By what share the rollout's probabilities differ from the policy's own, of log ones."""
+    return torch.expm1(rollout - policy).abs()
+
+
 def entropy_loss(log_probability: Tensor, log_ratio: Tensor) -> Tensor:
     """A loss of sampled tokens whose gradient, in the mean, is that of the negative entropy.
 

@@ -4,8 +4,10 @@ Shape legend: n answers, s places a row.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from llmscale.data.prompts import Prompt
 from llmscale.errors import StageError
 from llmscale.parallel.bridge import Bridge
 from llmscale.rlhf.answers import Answer
+from llmscale.rlhf.batches import Expected
 from llmscale.rlhf.rollout import checksum
 from llmscale.rlhf.scoring import Scores
+from llmscale.training.engine import Writing
 from llmscale.training.rows import Rows
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,26 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What has come of a request, and how long the group waited for that before."""
+
+    answer: Any
+    waited_seconds: float
+
+
+@dataclass
 class Remote:
     """Another group of ranks, as the policy's ranks see it; every method is collective.
 
     Attributes:
         bridge: to the group; None on all of the policy's ranks but the first.
+        waited_seconds: how long the group has waited for requests.
+        awaited_seconds: how long the policy's ranks have waited for the group.
     """
 
     bridge: Bridge | None
+    waited_seconds: float = 0.0
+    awaited_seconds: float = 0.0
 
     def ask(self, task: str, *arguments: Any) -> Any:
         """Has something done, and waits for what comes of it.
@@ -66,11 +84,15 @@ class Remote:
         Raises:
             StageError: as the other ranks say.
         """
-        said = [self.bridge.replied() if self.bridge is not None else None]
+        begun = time.perf_counter()
+        said: list[Any] = [self.bridge.replied() if self.bridge is not None else None]
         dist.broadcast_object_list(said, 0)
-        if isinstance(said[0], Failure):
-            raise StageError(said[0].reason)
-        return said[0]
+        reply: Reply = said[0]
+        self.waited_seconds += reply.waited_seconds
+        self.awaited_seconds += time.perf_counter() - begun
+        if isinstance(reply.answer, Failure):
+            raise StageError(reply.answer.reason)
+        return reply.answer
 
     def end(self, reason: str | None) -> None:
         """Tells the other ranks to end; ``reason`` says why, if it is before the time."""
@@ -126,9 +148,59 @@ class RemoteReference:
 
     def log_probabilities(self, rows: Rows, micro_batch: int) -> Tensor:
         """Of the token that follows each place, ``[n, s]``."""
-        there = Rows(*(column.cpu() for column in vars(rows).values()))
-        found_ns: Tensor = self.remote.ask("log_probabilities", there, micro_batch)
+        found_ns: Tensor = self.remote.ask("log_probabilities", rows.to(CPU), micro_batch)
         return found_ns.to(self.device)
+
+
+@dataclass(frozen=True)
+class RemoteCritic:
+    """A critic that other ranks have: it learns while the policy does."""
+
+    remote: Remote
+    device: torch.device
+
+    def values(self, rows: Rows) -> Tensor:
+        """What it expects at each place, ``[n, s]``."""
+        found_ns: Tensor = self.remote.ask("values", rows.to(CPU))
+        return found_ns.to(self.device)
+
+    def begin(self, expected: Expected, step: int, number: int) -> None:
+        """Has it learn from all answers once."""
+        self.remote.begin("learn", expected.to(CPU), step, number)
+
+    def finish(self) -> dict[str, float]:
+        """What is told of the last update."""
+        told: dict[str, float] = self.remote.finish()
+        return told
+
+    def writing(self, folder: Path) -> Writing:
+        """Has it write its state, and waits for that."""
+        return WrittenElsewhere(self.remote.ask("write", folder))
+
+    def load(self, folder: Path) -> None:
+        """Has it restore its state."""
+        self.remote.ask("load", folder)
+
+
+@dataclass(frozen=True)
+class WrittenElsewhere(Writing):
+    """A part of a checkpoint that other ranks have written, with its files' checksums."""
+
+    checksums: Mapping[str, str]
+
+    def write(self) -> None:
+        """All is written."""
+
+    def files(self) -> list[Path]:
+        """None of this rank's."""
+        return []
+
+    def elsewhere(self) -> Mapping[str, str]:
+        """The checksums by the files' names in the checkpoint."""
+        return self.checksums
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,20 @@
 """Ranks beside the policy's: they do what these ask for, until they are told to end."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from llmscale.errors import Interrupted, LlmscaleError
 from llmscale.parallel.bridge import Bridge
-from llmscale.rlhf.remote import Failure, Request, sent_weights
+from llmscale.rlhf.batches import Expected
+from llmscale.rlhf.critics import OwnCritic
+from llmscale.rlhf.remote import Failure, Reply, Request, sent_weights
 from llmscale.rlhf.roles import Reference, Scorers
 from llmscale.rlhf.rollout import SharedRollout
+from llmscale.training.checkpoint import Checkpoints
+from llmscale.training.rows import Rows
 
 Task = Callable[..., Any]
 
@@ -16,9 +23,15 @@ def tasks(
     rollout: SharedRollout | None,
     reference: Reference | None,
     scorers: Scorers | None,
+    critic: OwnCritic | None,
+    checkpoints: Checkpoints,
     bridge: Bridge,
 ) -> dict[str, Task]:
-    """What the ranks of a group can be asked for, by the roles that they play."""
+    """What the ranks of a group can be asked for, by the roles that they play.
+
+    Args:
+        checkpoints: the policy's, of which a critic's state is a part.
+    """
     found: dict[str, Task] = {}
     if rollout is not None:
         device = rollout.device
@@ -30,7 +43,26 @@ def tasks(
         ).cpu()
     if scorers is not None:
         found["scores"] = scorers.scores
+    if critic is not None:
+        found |= _critic_tasks(critic, checkpoints)
     return found
+
+
+def _critic_tasks(critic: OwnCritic, checkpoints: Checkpoints) -> dict[str, Task]:
+    engine = critic.engine
+
+    def values(rows: Rows) -> Tensor:
+        return critic.values(rows.to(engine.device)).cpu()
+
+    def learn(expected: Expected, step: int, number: int) -> dict[str, float]:
+        return critic.learn(expected.to(engine.device), step, number)
+
+    return {
+        "values": values,
+        "learn": learn,
+        "write": lambda part: checkpoints.add(engine, part),
+        "load": lambda part: checkpoints.load_part(engine, part),
+    }
 
 
 def serve(bridge: Bridge, able: Mapping[str, Task]) -> None:
@@ -41,7 +73,9 @@ def serve(bridge: Bridge, able: Mapping[str, Task]) -> None:
     """
     first = bridge.rank == 1
     while True:
+        begun = time.perf_counter()
         request: Request = bridge.told()
+        waited = time.perf_counter() - begun
         if request.task == "end":
             (reason,) = request.arguments
             if reason is not None:
@@ -52,4 +86,4 @@ def serve(bridge: Bridge, able: Mapping[str, Task]) -> None:
         except LlmscaleError as error:
             answer = Failure(str(error))
         if first:
-            bridge.reply(answer)
+            bridge.reply(Reply(answer, waited))

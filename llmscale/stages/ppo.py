@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from llmscale.clusters.base import ClusterSettings
+from llmscale.clusters.devices import require_engine
 from llmscale.errors import RecipeError
 from llmscale.models.architecture import Architecture
 from llmscale.models.huggingface_config import read_architecture, read_vocabulary
@@ -14,10 +15,18 @@ from llmscale.parallel.layout import Layout
 from llmscale.rlhf.settings import OF_GROUPS, AlgorithmName, Kl, Rollout, Update
 from llmscale.settings import NOT_IDENTITY, Name, Problem, under
 from llmscale.stages.base import MODEL_FILES, Link, Named, RecipeView, Workspace
-from llmscale.stages.ppo_placement import Placement, layouts, placement_problems
+from llmscale.stages.ppo_placement import (
+    SPLIT,
+    Placement,
+    RankGroup,
+    Role,
+    layouts,
+    placement_problems,
+)
 from llmscale.stages.ppo_settings import Critic, Prompts, RewardSource
 from llmscale.stages.reward import Reward
 from llmscale.stages.tuned import ABOUT_EXAMPLES, TunedStage, vocabulary_of
+from llmscale.training.settings import Zero
 
 SAMPLES = "samples.jsonl"
 """The file in a stage's folder with answers of some iterations, and what they were worth."""
@@ -146,8 +155,25 @@ class Ppo(TunedStage):
     def _placement_problems(
         self, architecture: Architecture, cluster: ClusterSettings
     ) -> Iterator[Problem]:
-        wanted = self.kl.wanted
+        wanted: dict[Role, bool] = {
+            "reference": self.kl.wanted,
+            "critic": self.algorithm == "ppo",
+        }
         yield from under("placement", placement_problems(self.placement, architecture, wanted))
+        for (name, group), layout in zip(
+            self.placement.items(), self.layouts(cluster.ranks)[1:], strict=True
+        ):
+            if {*SPLIT} & {*group.roles}:
+                there = self.as_group(group)
+                for problem in there.engine_problems(architecture, cluster):
+                    yield Problem(("placement", name), problem.message)
+            if "critic" in group.roles:
+                copies, pipeline = layout.data or 1, layout.pipeline
+                virtual = layout.virtual_pipeline
+                found = self.batch.problems(
+                    data_ranks=copies, pipeline=pipeline, virtual_pipeline=virtual
+                )
+                yield from under("batch", found)
         if self.rollout.ahead and not any(g.roles == ("rollout",) for g in self.placement.values()):
             yield Problem(
                 ("rollout", "ahead"),
@@ -166,9 +192,20 @@ class Ppo(TunedStage):
     def layouts(self, ranks: int) -> list[Layout]:
         return layouts(self.parallel, self.placement, ranks)
 
+    def as_group(self, group: RankGroup) -> "Ppo":
+        """The stage as a group's ranks build its models."""
+        engine = group.engine or self.engine
+        zero = group.zero or (self.zero if engine == self.engine else Zero())
+        distributed = self.optimizer.distributed and engine == "megatron"
+        optimizer = self.optimizer.model_copy(update={"distributed": distributed})
+        own = {"engine": engine, "zero": zero, "optimizer": optimizer, "parallel": group.parallel}
+        return self.model_copy(update=own)
+
     def require_packages(self) -> None:
         super().require_packages()
         self.rollout.require_package()
+        for group in self.placement.values():
+            require_engine(group.engine or self.engine)
 
     def imports(self) -> tuple[str, ...]:
         return (*super().imports(), "llmscale.stages.ppo_training")

@@ -8,20 +8,27 @@ from pydantic import BeforeValidator, Field
 from llmscale.models.architecture import Architecture
 from llmscale.parallel.layout import Layout
 from llmscale.settings import Name, Problem, Settings, under
+from llmscale.training.settings import EngineName, Zero
 
-Role = Literal["rollout", "reference", "rewards"]
+Role = Literal["rollout", "reference", "rewards", "critic"]
 ROLES: tuple[Role, ...] = get_args(Role)
+NEVER_LEARN: tuple[Role, ...] = ("rollout", "reference", "rewards")
+SPLIT: tuple[Role, ...] = ("reference", "critic")
+"""Those at a layout; others are whole on every rank."""
 
 
 class RankGroup(Settings):
     """Ranks beside the policy's, which play some roles for it.
 
-    ``parallel`` is the reference's layout, and ``tensor * pipeline * data`` their number. Rollouts
-    and reward models are whole on every rank, which share the texts.
+    ``parallel`` is the layout of a reference and a critic, and ``tensor * pipeline * data`` their
+    number; ``engine`` and ``zero`` are theirs, too, and by default the policy's. Rollouts and
+    reward models are whole on every rank, which share the texts.
     """
 
     roles: Annotated[tuple[Role, ...], Field(min_length=1)]
     parallel: Layout = Layout()
+    engine: EngineName | None = None
+    zero: Zero | None = None
 
     def layout(self, left: int | None) -> Layout:
         """The layout with its number of copies: by default 1, or what ``left`` ranks hold."""
@@ -33,11 +40,11 @@ def _groups(placement: Any) -> Any:
     """The groups that a word stands for."""
     if placement == "colocated":
         return {}
-    return {"others": {"roles": [*ROLES]}} if placement == "separate" else placement
+    return {"others": {"roles": [*NEVER_LEARN]}} if placement == "separate" else placement
 
 
 Placement = Annotated[dict[Name, RankGroup], BeforeValidator(_groups)]
-"""Groups by their names; also ``colocated``, for none, and ``separate``, for one of all roles."""
+"""Groups by their names; ``colocated`` is none, ``separate`` one of all that never learn."""
 
 
 def layouts(policy: Layout, placement: Mapping[str, RankGroup], ranks: int) -> list[Layout]:
@@ -58,9 +65,13 @@ def layouts(policy: Layout, placement: Mapping[str, RankGroup], ranks: int) -> l
 
 
 def placement_problems(
-    placement: Mapping[str, RankGroup], architecture: Architecture, with_reference: bool
+    placement: Mapping[str, RankGroup], architecture: Architecture, wanted: Mapping[Role, bool]
 ) -> Iterator[Problem]:
-    """What keeps groups from playing their roles, but for the number of ranks."""
+    """What keeps groups from playing their roles, but for the number of ranks.
+
+    Args:
+        wanted: of roles that not every recipe has, whether this one does.
+    """
     taken: dict[str, str] = {}
     for name, group in placement.items():
         for role in group.roles:
@@ -68,13 +79,15 @@ def placement_problems(
                 message = f"{role} is {taken[role]}'s; name it once"
                 yield Problem((name, "roles"), message)
             taken[role] = name
-        if "reference" not in group.roles and group.parallel.model_ranks > 1:
+        if not {*SPLIT} & {*group.roles} and group.parallel.model_ranks > 1:
             yield Problem(
                 (name, "parallel"),
                 "rollouts and reward models are whole on every rank; use data",
             )
-        if "reference" in group.roles and with_reference:
+        if any(wanted[role] for role in SPLIT if role in group.roles):
             misfits = architecture.layout_problems(group.parallel)
             yield from under(name, under("parallel", misfits))
-        if group.roles == ("reference",) and not with_reference:
+        if "critic" in group.roles and not wanted["critic"]:
+            yield Problem((name, "roles"), "only algorithm ppo has a critic; remove it")
+        if group.roles == ("reference",) and not wanted["reference"]:
             yield Problem((name,), "kl.coefficient is 0, so that there is no reference; remove it")

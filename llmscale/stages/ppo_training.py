@@ -18,10 +18,17 @@ from llmscale.parallel.layout import Layout
 from llmscale.parallel.world import World
 from llmscale.rlhf.answer_log import AnswerLog
 from llmscale.rlhf.controller import Controller, Notes
+from llmscale.rlhf.critics import Critic, OwnCritic
 from llmscale.rlhf.early import EarlyAnswers
 from llmscale.rlhf.lesson import Lesson
 from llmscale.rlhf.prompts import PromptOrder
-from llmscale.rlhf.remote import Remote, RemoteReference, RemoteRollout, RemoteScorers
+from llmscale.rlhf.remote import (
+    Remote,
+    RemoteCritic,
+    RemoteReference,
+    RemoteRollout,
+    RemoteScorers,
+)
 from llmscale.rlhf.roles import OwnReference, Reference, Roles
 from llmscale.rlhf.rollout import AnswerEngine, AnswerForm, SharedRollout
 from llmscale.rlhf.rollout_transformers import TransformersEngine
@@ -46,7 +53,6 @@ from llmscale.stages.ppo_settings import RewardSource
 from llmscale.stages.train_rank import export_trained, joined_ranks, training_log
 from llmscale.stages.tuned import ABOUT_EXAMPLES
 from llmscale.training.checkpoint import Checkpoints, TrainingState
-from llmscale.training.engine import Engine
 from llmscale.training.signals import StopRequest, listening
 
 ANSWER_ENGINES: Mapping[RolloutEngineName, Callable[..., AnswerEngine]] = {
@@ -66,8 +72,8 @@ def learn_from_rewards(stage: Ppo, workspace: Workspace) -> None:
         checkpoints = Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, say)
         newest = checkpoints.newest_whole()
         with (
-            asked_groups(stage, world) as remotes,
-            built_roles(stage, workspace, resumed=newest is not None, remotes=remotes) as roles,
+            asked_groups(stage, world) as groups,
+            built_roles(stage, workspace, resumed=newest is not None, groups=groups) as roles,
         ):
             state = TrainingState() if newest is None else checkpoints.load(roles, newest)
             notes = _notes(stage, workspace, world, state)
@@ -107,37 +113,39 @@ def controller(
 def serve_policy(stage: Ppo, workspace: Workspace, world: World) -> None:
     """What a rank beside the policy's does: it plays the roles of its group."""
     group, bridge = list(stage.placement.values())[world.group - 1], world.bridges[world.group]
-    layout = stage.layouts(workspace.ranks)[world.group]
+    layout, there = stage.layouts(workspace.ranks)[world.group], stage.as_group(group)
     with ExitStack() as built:
-        reference = None
+        reference = critic = None
         if "reference" in group.roles and stage.kl.wanted:
-            reference = built.enter_context(_reference(stage, workspace, layout))
+            reference = built.enter_context(_reference(there, workspace, layout))
+        if "critic" in group.roles:
+            critic = built.enter_context(_critic(there, workspace, layout))
         able = tasks(
             _rollout(stage, workspace) if "rollout" in group.roles else None,
             reference,
             _scorers(stage, workspace) if "rewards" in group.roles else None,
+            critic,
+            Checkpoints(workspace.folder.checkpoints, stage.checkpoint.keep, _silent),
             bridge,
         )
         serve(bridge, able)
 
 
 @contextmanager
-def asked_groups(stage: Ppo, world: World) -> Iterator[dict[Role, Remote]]:
-    """The groups beside the policy's ranks, by their roles; told to end when all is over."""
-    remotes = [Remote(world.bridges.get(number)) for number in range(1, len(stage.placement) + 1)]
+def asked_groups(stage: Ppo, world: World) -> Iterator[dict[str, Remote]]:
+    """The groups beside the policy's ranks, by name; told to end when all is over."""
+    groups = {
+        name: Remote(world.bridges.get(number)) for number, name in enumerate(stage.placement, 1)
+    }
     reason: str | None = "the policy's ranks ended"
     try:
-        yield {
-            role: remote
-            for remote, group in zip(remotes, stage.placement.values(), strict=True)
-            for role in group.roles
-        }
+        yield groups
         reason = None
     except LlmscaleError as error:
         reason = str(error)
         raise
     finally:
-        for remote in remotes:
+        for remote in groups.values():
             remote.end(reason)
 
 
@@ -146,32 +154,33 @@ def built_roles(
     stage: Ppo,
     workspace: Workspace,
     resumed: bool,
-    remotes: Mapping[Role, Remote] | None = None,
+    groups: Mapping[str, Remote] | None = None,
 ) -> Iterator[Roles]:
     """All models in their places; those that learn without first weights on a resume.
 
     Args:
-        remotes: the ranks that play roles which these ranks do not.
+        groups: the ranks that play roles which these ranks do not, by name.
     """
-    start, temperature = _policy_folder(workspace), stage.rollout.temperature
-    remotes = remotes or {}
-    policy = _policy(stage, workspace)
+    groups = groups or {}
+    remotes: dict[Role, Remote] = {
+        role: groups[name] for name, group in stage.placement.items() for role in group.roles
+    }
     with ExitStack() as built:
-
-        def engine(model: TrainedModel, own: Ppo, first: FirstWeights, **options: Any) -> Engine:
-            return built.enter_context(
-                built_engine(own, model, first, stage.parallel, workspace.device, **options)
+        learning = built.enter_context(
+            built_engine(
+                stage,
+                _policy(stage, workspace),
+                FirstWeights(_policy_folder(workspace), workspace.seed, left_out=resumed),
+                stage.parallel,
+                workspace.device,
+                temperature=stage.rollout.temperature,
             )
-
-        first = FirstWeights(start, workspace.seed, left_out=resumed)
-        learning = engine(policy, stage, first, temperature=temperature)
-        critic: Engine | None = None
-        if stage.algorithm == "ppo":
-            own = stage.critic_settings()
-            begun = workspace.inputs.get("critic.start_from", start)
-            tuned = stage.model_copy(update={"optimizer": own.optimizer or stage.optimizer})
-            first = FirstWeights(begun, workspace.seed, left_out=resumed)
-            critic = engine(_critic(stage, workspace, begun), tuned, first)
+        )
+        critic: Critic | None = None
+        if "critic" in remotes:
+            critic = RemoteCritic(remotes["critic"], learning.device)
+        elif stage.algorithm == "ppo":
+            critic = built.enter_context(_critic(stage, workspace, stage.parallel, resumed))
         reference: Reference | None = None
         if "reference" in remotes and stage.kl.wanted:
             reference = RemoteReference(remotes["reference"], learning.device)
@@ -189,6 +198,7 @@ def built_roles(
                 else _scorers(stage, workspace)
             ),
             early=EarlyAnswers(rollout) if rollout and stage.rollout.ahead else None,
+            groups=groups,
         )
 
 
@@ -208,6 +218,29 @@ def _reference(stage: Ppo, workspace: Workspace, layout: Layout) -> Iterator[Ref
         yield OwnReference(engine)
 
 
+@contextmanager
+def _critic(
+    stage: Ppo, workspace: Workspace, layout: Layout, resumed: bool = False
+) -> Iterator[OwnCritic]:
+    """A model with a value at every place, on the policy's or on another one's weights."""
+    folder = workspace.inputs.get("critic.start_from", _policy_folder(workspace))
+    architecture = RewardArchitecture.upon(read_architecture(folder), ("value",))
+    own = stage.critic_settings()
+    with built_engine(
+        stage.model_copy(update={"optimizer": own.optimizer or stage.optimizer}),
+        TrainedModel(
+            architecture=architecture,
+            vocabulary=read_vocabulary(folder),
+            tokenizer=folder,
+            padding=_about(workspace)["padding"],
+        ),
+        FirstWeights(folder, workspace.seed, left_out=resumed),
+        layout,
+        workspace.device,
+    ) as engine:
+        yield OwnCritic(engine, _lesson(stage, workspace.seed))
+
+
 def _policy_folder(workspace: Workspace) -> Path:
     return workspace.inputs["start_from"]
 
@@ -219,16 +252,6 @@ def _about(workspace: Workspace) -> Any:
 def _policy(stage: Ppo, workspace: Workspace) -> TrainedModel:
     start = _policy_folder(workspace)
     return tuning.tuned_model(stage, workspace.folder, start, read_architecture(start))
-
-
-def _critic(stage: Ppo, workspace: Workspace, folder: Path) -> TrainedModel:
-    architecture = RewardArchitecture.upon(read_architecture(folder), ("value",))
-    return TrainedModel(
-        architecture=architecture,
-        vocabulary=read_vocabulary(folder),
-        tokenizer=folder,
-        padding=_about(workspace)["padding"],
-    )
 
 
 def _rollout(stage: Ppo, workspace: Workspace) -> SharedRollout:

@@ -83,6 +83,12 @@ class TrainedStage(Stage):
         if not misfits:
             data_ranks = own.data_ranks(ranks)
             yield from under("batch", self._batch_problems(data_ranks))
+        yield from self.engine_problems(architecture, cluster)
+
+    def engine_problems(
+        self, architecture: Architecture, cluster: ClusterSettings
+    ) -> Iterator[Problem]:
+        """What the engine lacks for the stage's settings."""
         if self.engine == "deepspeed":
             yield from self._deepspeed_problems(architecture)
         else:

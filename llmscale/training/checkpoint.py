@@ -8,7 +8,7 @@ uploads what it wrote, and the first rank of each node fetches what the node lac
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from llmscale.artifacts import (
     read_json,
     write_json,
 )
+from llmscale.errors import StageError
 from llmscale.stored import StoredCheckpoints, stored_checkpoints
 from llmscale.training.engine import Stateful, Writing
 
@@ -65,9 +66,10 @@ class _Saving:
         self._writing.write()
         upload()
 
-    def files(self) -> list[Path]:
-        """What this rank has written."""
-        return self._writing.files()
+    def checksums(self) -> dict[str, str]:
+        """Of what this rank has written and what was written for it, by names in the checkpoint."""
+        own = _checksums(self._writing.files(), self.beside)
+        return {**own, **self._writing.elsewhere()}
 
     def written(self) -> bool:
         """Whether every rank has written its files; collective."""
@@ -96,6 +98,15 @@ def _name(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
+def _checksums(files: Iterable[Path], folder: Path) -> dict[str, str]:
+    return {_name(file, folder): checksum(file) for file in files}
+
+
+def _step(folder: Path) -> int:
+    """Of a checkpoint's folder, also while it is being written."""
+    return int(folder.name.removeprefix(".").removesuffix(".partial").removeprefix("step-"))
+
+
 def _collective_device() -> str:
     return "cpu" if dist.get_backend() == "gloo" else "cuda"
 
@@ -119,7 +130,7 @@ class Checkpoints:
         """The steps that have a checkpoint, ascending; not collective."""
         if self._stored is not None:
             return self._stored.steps()
-        return sorted(int(path.name.removeprefix("step-")) for path in self._folder.glob("step-*"))
+        return sorted(_step(path) for path in self._folder.glob("step-*"))
 
     def newest_whole(self) -> int | None:
         """The newest step whose checksums hold; a damaged one is named and passed over."""
@@ -193,26 +204,70 @@ class Checkpoints:
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.finish()
-            own = {_name(path, saving.beside): checksum(path) for path in saving.files()}
-            self._seal(saving.beside, saving.target, saving.state, own)
+            self._seal(saving.beside, saving.target, saving.state, saving.checksums())
 
     def _seal(self, beside: Path, target: Path, state: TrainingState, own: dict[str, str]) -> None:
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
         if dist.get_rank() == 0:
             write_json(beside / STATE, asdict(state))
-            checksums = {name: value for part in everyone for name, value in part.items()}
-            files = sorted(path for path in beside.rglob("*") if path.is_file())
-            rest = [path for path in files if _name(path, beside) not in checksums]
-            checksums.update({_name(path, beside): checksum(path) for path in rest})
+        checksums = self._all_checksums(beside, beside, own)
+        if dist.get_rank() == 0:
             mark_complete(beside, checksums)
             if self._stored is not None:
-                self._stored.upload(state.step, beside, rest)
                 self._stored.seal(state.step, beside / COMPLETE)
         dist.barrier()
         if self._first_here:
             publish_folder(beside, target)
         self._prune(state)
+
+    def _all_checksums(self, beside: Path, part: Path, own: dict[str, str]) -> dict[str, str]:
+        """Of all files of a part of a checkpoint, on every rank; what ranks have in common, stored.
+
+        Args:
+            own: of this rank's files, by names in the checkpoint.
+        """
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        known = {name: value for each in everyone for name, value in each.items()}
+        found = [known]
+        if dist.get_rank() == 0:
+            files = sorted(path for path in part.rglob("*") if path.is_file())
+            rest = [path for path in files if _name(path, beside) not in known]
+            found = [known | _checksums(rest, beside)]
+            if self._stored is not None:
+                self._stored.upload(_step(beside), beside, rest)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def add(self, engine: Stateful, part: Path) -> dict[str, str]:
+        """Writes a part of a checkpoint that the ranks of another world have begun, and seal.
+
+        Returns:
+            the checksums of its files, by their names in the checkpoint.
+        """
+        if self._first_here:
+            part.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        writing = engine.writing(part)
+        writing.write()
+        files = writing.files()
+        if self._stored is not None:
+            self._stored.upload(_step(part.parent), part.parent, files)
+        dist.barrier()
+        writing.finish()
+        found = self._all_checksums(part.parent, part, _checksums(files, part.parent))
+        if self._stored is not None and self._first_here:
+            shutil.rmtree(part)
+        return found
+
+    def load_part(self, engine: Stateful, part: Path) -> None:
+        """Restores what ``add`` wrote.
+
+        Raises:
+            StageError: if it cannot be fetched.
+        """
+        if self._stored is not None and not self.whole(_step(part.parent)):
+            raise StageError(f"{part.parent}: cannot be fetched")
+        engine.load(part)
 
     def _prune(self, state: TrainingState) -> None:
         kept: list[set[int]] = [set()]
@@ -223,7 +278,7 @@ class Checkpoints:
         dist.broadcast_object_list(kept)
         if self._first_here:
             for path in self._folder.glob("step-*"):
-                if int(path.name.removeprefix("step-")) not in kept[0]:
+                if _step(path) not in kept[0]:
                     shutil.rmtree(path)
         dist.barrier()
 

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmscale.artifacts import read_json, sync_file, write_json
+from llmscale.errors import StageError
+from llmscale.training.engine import Writing
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 RANDOM = "random"
@@ -132,7 +134,7 @@ class About:
     shapes: dict[str, list[int]]
 
 
-class DeepSpeedWriting:
+class DeepSpeedWriting(Writing):
     """A copy of this rank's pieces, on its way into a folder."""
 
     def __init__(self, engine: Zeroed, folder: Path) -> None:
@@ -217,7 +219,13 @@ class SavedState:
 
 @torch.no_grad()
 def load_state(engine: Zeroed, folder: Path) -> None:
-    """Restores weights and optimizer and, at the same number of ranks, random states."""
+    """Restores weights and optimizer and, at the same number of ranks, random states.
+
+    Raises:
+        StageError: if another engine wrote the folder.
+    """
+    if not (folder / ABOUT).exists():
+        raise StageError(f"{folder}: was not written by engine deepspeed; use the one it was")
     saved = SavedState(folder)
     for name, parameter in engine.trainable.items():
         _set_weight(engine, parameter, name, saved)

@@ -64,6 +64,10 @@ class Writing(Protocol):
     def files(self) -> list[Path]:
         """What this rank has written."""
 
+    def elsewhere(self) -> Mapping[str, str]:
+        """Checksums of what other worlds' ranks have written, by names in the checkpoint."""
+        return {}
+
     def finish(self) -> None:
         """Writes what the files have in common, after all are written; collective."""
 

@@ -14,8 +14,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from llmscale.errors import StageError
 from llmscale.models.megatron import LOW_RANK, inner_model
 from llmscale.training.adam_state import separate_step_counts
+from llmscale.training.engine import Writing
 from llmscale.training.megatron_adapter import adapter_state, set_adapter
 from llmscale.training.settings import Adapter
 
@@ -74,7 +76,7 @@ class _ThreadedWriter(FileSystemWriterAsync):
             self.results_queue.put(failed or results)
 
 
-class MegatronWriting:
+class MegatronWriting(Writing):
     """A copy of an engine's state, planned, on its way into a folder; made by all ranks."""
 
     def __init__(self, engine: Sharded, folder: Path) -> None:
@@ -105,7 +107,13 @@ class MegatronWriting:
 
 
 def load_state(engine: Sharded, folder: Path) -> None:
-    """Restores weights, optimizer and, at the same number of ranks, random states; collective."""
+    """Restores weights, optimizer and, at the same number of ranks, random states; collective.
+
+    Raises:
+        StageError: if another engine wrote the folder.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise StageError(f"{folder}: was not written by engine megatron; use the one it was")
     state = sharded_state(engine, loading=True)
     keys = dist_checkpointing.load_tensors_metadata(str(folder))
     if _random_key(engine) not in keys:

@@ -28,6 +28,10 @@ class Rows:
     positions_bs: Tensor
     segments_bs: Tensor
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same on another device."""
+        return Rows(*(column.to(device) for column in vars(self).values()))
+
     def chosen(self, numbers: Sequence[int]) -> "Rows":
         """Some of the rows, by their numbers."""
         own = list(numbers)

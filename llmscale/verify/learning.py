@@ -19,6 +19,7 @@ from llmscale.data.prompts import Prompt
 from llmscale.models.architecture import Architecture, RewardArchitecture
 from llmscale.models.huggingface import fill
 from llmscale.rlhf.answers import Answer
+from llmscale.rlhf.critics import OwnCritic
 from llmscale.rlhf.examine import examined
 from llmscale.rlhf.lesson import Lesson
 from llmscale.rlhf.roles import OwnReference, Roles
@@ -112,7 +113,7 @@ def _roles(proof: Proof) -> Roles:
         distributed = {"distributed": proof.optimizer.distributed}
         optimizer = own.critic_optimizer.model_copy(update=distributed)
         valued = RewardArchitecture.upon(model, ("value",))
-        critic = _engine(proof, valued, optimizer, CRITIC_SEED)
+        critic = OwnCritic(_engine(proof, valued, optimizer, CRITIC_SEED), _lesson(proof))
     if own.kl.wanted:
         frozen = _engine(proof, model, proof.optimizer, REFERENCE_SEED, frozen=True)
         reference = OwnReference(frozen)
@@ -138,13 +139,15 @@ def _engine(
 
 
 def _engines(roles: Roles) -> dict[str, MegatronEngine]:
-    found = roles.trained().items()
-    return {name: engine for name, engine in found if isinstance(engine, MegatronEngine)}
+    found: dict[str, Any] = {"policy": roles.policy}
+    if isinstance(roles.critic, OwnCritic):
+        found["critic"] = roles.critic.engine
+    return found
 
 
-def _iteration(proof: Proof, roles: Roles, step: int) -> dict[str, float]:
+def _lesson(proof: Proof) -> Lesson:
     own = _learning(proof)
-    lesson = Lesson(
+    return Lesson(
         algorithm=own.algorithm,
         steps=proof.steps + 1,
         seed=proof.seed,
@@ -156,12 +159,16 @@ def _iteration(proof: Proof, roles: Roles, step: int) -> dict[str, float]:
         checkpointing=Checkpointing(),
         samples_every=1,
     )
+
+
+def _iteration(proof: Proof, roles: Roles, step: int) -> dict[str, float]:
+    lesson, own = _lesson(proof), _learning(proof)
     room = proof.model.sequence_length
     form = RowForm(PADDING, room, math.lcm(2, 2 * proof.parallel.tensor))
     answers, scores = _answered(proof, step)
     coefficient = own.kl.coefficient
-    experience, seen = examined(lesson, roles, form, answers, scores, coefficient)
-    told = seen | updated(lesson, roles, experience, coefficient, step)
+    experience, expected, seen = examined(lesson, roles, form, answers, scores, coefficient)
+    told = seen | updated(lesson, roles, experience, expected, coefficient, step)
     return {name: told[name] for name in FIGURES if name in told}
 
 

@@ -91,6 +91,17 @@ def test_roles_in_groups_are_kept_by_their_ranks_alone() -> None:
     assert ahead.rollout == pytest.approx(max(0.0, now.rollout - now.update))
 
 
+def test_a_critic_on_ranks_of_its_own_learns_while_the_policy_does() -> None:
+    placement = "stages.ppo.placement={valuers: {roles: [critic], parallel: {tensor: 8, data: 2}}}"
+    together, apart = llama3(), llama3(placement, "stages.ppo.parallel={tensor: 8, data: 2}")
+    parts, whole = learning_memory(apart), learning_memory(together)["policy"]
+    assert (parts["policy"].critic, parts["valuers"].policy) == (0.0, 0.0)
+    assert parts["valuers"].critic > whole.critic, "its optimizer is split over fewer copies"
+    constants = Constants()
+    before, now = iteration_time(together, constants), iteration_time(apart, constants)
+    assert now.update == pytest.approx(before.update, rel=0.1), "half the ranks each, at once"
+
+
 def test_generation_never_beats_the_reading_of_all_weights() -> None:
     setup = llama3()
     seconds = iteration_time(setup, Constants())
@@ -107,8 +118,8 @@ def test_an_iteration_takes_longer_with_more_passes_answers_and_roles() -> None:
     more = iteration_time(replace(setup, samples=2 * setup.samples), constants)
     assert more.rollout == pytest.approx(2 * once.rollout)
     assert more.score == pytest.approx(2 * once.score)
-    groups = {"policy": replace(setup.groups["policy"], reference=None)}
-    fewer = iteration_time(replace(setup, critic=None, groups=groups), constants)
+    groups = {"policy": replace(setup.groups["policy"], reference=None, critic=None)}
+    fewer = iteration_time(replace(setup, groups=groups), constants)
     assert fewer.update < 0.6 * once.update and fewer.examine < 0.4 * once.examine
 
 

@@ -61,6 +61,7 @@ def learn_from_fixed_answers(job: Job, rank: int, rendezvous: str) -> None:
     """Some iterations on given answers; tells their figures, exports both models."""
     from dataclasses import replace
 
+    from llmscale.rlhf.critics import OwnCritic
     from llmscale.rlhf.examine import examined
     from llmscale.rlhf.updates import updated
     from llmscale.stages.ppo_training import built_roles, controller
@@ -84,10 +85,13 @@ def learn_from_fixed_answers(job: Job, rank: int, rendezvous: str) -> None:
             answers = loop.answers(state)
             scores = roles.scorers.scores(answers)
             lesson, beta = loop.lesson, stage.kl.coefficient
-            experience, figures = examined(lesson, roles, loop.form, answers, scores, beta)
-            figures |= updated(lesson, roles, experience, beta, step)
+            experience, expected, figures = examined(
+                lesson, roles, loop.form, answers, scores, beta
+            )
+            figures |= updated(lesson, roles, experience, expected, beta, step)
             told.append({"asked": [one.prompt.text for one in answers], **figures})
-        for name, engine in roles.trained().items():
+        assert isinstance(roles.critic, OwnCritic)
+        for name, engine in (("policy", roles.policy), ("critic", roles.critic.engine)):
             if rank == 0:
                 (job.run_folder / name).mkdir()
             engine.export(job.run_folder / name)

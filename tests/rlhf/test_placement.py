@@ -14,7 +14,7 @@ from llmscale.parallel.bridge import Seat
 from llmscale.parallel.layout import Layout
 from llmscale.recipe.recipe import load_recipe
 from llmscale.stages.ppo_placement import RankGroup, layouts
-from tests.ranks import kill_a_rank_after, run_recipe
+from tests.ranks import cut_off_after, kill_a_rank_after, run_recipe
 from tests.rlhf.letters import letters_home
 from tests.rlhf.test_ppo import GROUPS, iterations
 
@@ -27,6 +27,7 @@ LEARNING = {
 }
 WRITERS = {"writers": {"roles": ["rollout"]}}
 JUDGES = {"judges": {"roles": ["reference", "rewards"]}}
+VALUERS = {"valuers": {"roles": ["critic"]}}
 
 
 def placed(folder: Path, ranks: int, **stage: Any) -> Path:
@@ -57,8 +58,46 @@ def colocated(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
             },
         ),
         (3, {"placement": {"judges": {"roles": ["reference"], "parallel": {"tensor": 2}}}}),
+        (
+            4,
+            {
+                "parallel": {"tensor": 2},
+                "placement": {"valuers": {"roles": ["critic"], "parallel": {"pipeline": 2}}},
+            },
+        ),
+        (
+            3,
+            {
+                "engine": "deepspeed",
+                "zero": {"stage": 2},
+                "parallel": {"data": 1},
+                "placement": {"all": {"roles": ["critic", "reference"]}},
+            },
+        ),
+        (
+            4,
+            {
+                "parallel": {"tensor": 2},
+                "placement": {
+                    "both": {
+                        "roles": ["critic", "reference"],
+                        "engine": "deepspeed",
+                        "zero": {"stage": 3},
+                        "parallel": {"data": 2},
+                    }
+                },
+            },
+        ),
     ],
-    ids=["tensor 2 and two groups", "separate", "ZeRO 2", "reference at tensor 2"],
+    ids=[
+        "tensor 2 and two groups",
+        "separate",
+        "ZeRO 2",
+        "reference at tensor 2",
+        "critic at pipeline 2",
+        "critic by ZeRO 2",
+        "policy by Megatron, critic and reference by ZeRO 3",
+    ],
 )
 def test_roles_on_ranks_of_their_own_learn_as_one_rank_does(
     ranks: int, stage: dict[str, Any], colocated: RunFolder, tmp_path: Path
@@ -78,11 +117,13 @@ def test_roles_on_ranks_of_their_own_learn_as_one_rank_does(
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("role", [0, 1, 2], ids=["policy", "rollout", "reference and rewards"])
+@pytest.mark.parametrize(
+    "role", [0, 1, 2, 3], ids=["policy", "rollout", "reference and rewards", "critic"]
+)
 def test_a_killed_rank_of_any_role_changes_nothing(role: int, tmp_path: Path) -> None:
-    stage = {"placement": WRITERS | JUDGES, "steps": 12, "checkpoint": {"every": 3}}
+    stage = {"placement": WRITERS | JUDGES | VALUERS, "steps": 12, "checkpoint": {"every": 3}}
     stage["rollout"] = {**LEARNING["rollout"], "ahead": True}
-    recipe = placed(tmp_path / "home", 3, **stage)
+    recipe = placed(tmp_path / "home", 4, **stage)
     whole = run_recipe(recipe, tmp_path / "whole", [])
     folder = RunFolder(tmp_path / "killed")
     for moment in (2, 5, 8):
@@ -98,6 +139,51 @@ def test_a_killed_rank_of_any_role_changes_nothing(role: int, tmp_path: Path) ->
     for name in ("validation.jsonl", "hf/model.safetensors"):
         ours, expected = (run.stage("ppo").path / name for run in (resumed, whole))
         assert ours.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.ranks
+def test_what_each_role_waits_for_is_told(tmp_path: Path) -> None:
+    rewards = {"share": {"function": "rewards.py:share"}}
+    recipe = placed(tmp_path / "home", 3, placement=WRITERS | JUDGES, rewards=rewards, steps=2)
+    slow = "import time\ndef share(prompts, responses):\n    time.sleep(1)\n"
+    (recipe.parent / "rewards.py").write_text(f"{slow}    return [0.5] * len(responses)\n")
+    run = run_recipe(recipe, tmp_path / "run", [])
+    for line in (line for line in run.stage("ppo").metrics() if "reward" in line):
+        assert line["score_seconds"] >= 1
+        assert line["waiting_seconds_writers"] >= 1, "nothing was to be answered meanwhile"
+        assert line["waiting_seconds_policy"] >= 1
+        assert line["waiting_seconds_judges"] < line["step_seconds"]
+
+
+@pytest.mark.ranks
+def test_a_critic_that_moves_to_ranks_of_its_own_goes_on_from_the_same_checkpoint(
+    colocated: RunFolder, tmp_path: Path
+) -> None:
+    recipe = placed(tmp_path / "home", 2)
+    overrides = ["cluster.ranks_per_node=1", "stages.ppo.batch.micro=6"]
+    run = run_recipe(recipe, tmp_path / "run", overrides)
+    cut_off_after(run.stage("ppo"), 4)
+    resumed = run_recipe(
+        recipe,
+        tmp_path / "run",
+        ["stages.ppo.batch.micro=6", "stages.ppo.placement={valuers: {roles: [critic]}}"],
+    )
+    told, expected = iterations(resumed), iterations(colocated)
+    assert [line["step"] for line in told] == [line["step"] for line in expected]
+    for found, wanted in zip(told, expected, strict=True):
+        for name in ("loss", "value_loss", "gradient_norm"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.ranks
+def test_a_critic_that_changes_its_engine_is_told_that_its_state_is_another_s(
+    tmp_path: Path,
+) -> None:
+    recipe = placed(tmp_path / "home", 2, placement=VALUERS)
+    run = run_recipe(recipe, tmp_path / "run", [])
+    cut_off_after(run.stage("ppo"), 4)
+    with pytest.raises(StageError, match="critic: was not written by engine deepspeed"):
+        run_recipe(recipe, run.path, ["stages.ppo.placement.valuers.engine=deepspeed"])
 
 
 @pytest.mark.ranks
@@ -127,7 +213,23 @@ def test_a_reward_that_fails_on_ranks_of_its_own_is_named_by_the_policy_s(tmp_pa
     ("overrides", "said"),
     [
         (["placement={a: {roles: [rollout]}, b: {roles: [rollout]}}"], "rollout is a's; name it"),
-        (["placement={a: {roles: [critic]}}"], "placement.a.roles"),
+        (["placement={a: {roles: [policy]}}"], "placement.a.roles"),
+        (
+            ["algorithm=rloo", "rollout.answers=2", "placement={a: {roles: [critic]}}"],
+            "only algorithm ppo has a critic",
+        ),
+        (["placement={a: {roles: [critic], parallel: {tensor: 3}}}"], "3 does not divide 4"),
+        (
+            ["engine=deepspeed", "placement={a: {roles: [reference], parallel: {tensor: 2}}}"],
+            "splits a model by zero alone",
+        ),
+        (
+            [
+                "batch={global: 12, micro: 12}",
+                "placement={a: {roles: [critic], parallel: {data: 2}}}",
+            ],
+            "micro 12 x data 2 = 24 does not divide 12",
+        ),
         (["placement={a: {roles: [rollout], parallel: {tensor: 2}}}"], "whole on every rank"),
         (["placement={a: {roles: [reference], parallel: {tensor: 3}}}"], "3 does not divide 4"),
         (["placement={a: {roles: [rewards], parallel: {data: 4}}}"], "4 ranks and the policy at"),
@@ -141,12 +243,12 @@ def test_a_placement_that_cannot_work_is_refused_with_a_mend(
 ) -> None:
     home = letters_home(tmp_path, 3)
     stage = [f"stages.ppo.{override}" for override in overrides]
-    layout = ["stages.ppo.batch={global: 36, micro: 6}", "stages.ppo.rollout.prompts=36"]
+    layout = ["stages.ppo.rollout.prompts=36", "stages.ppo.batch={global: 36, micro: 6}"]
     if not said:
-        assert load_recipe(home / "recipe.yaml", [*stage, *layout]).stages
+        assert load_recipe(home / "recipe.yaml", [*layout, *stage]).stages
         return
     with pytest.raises(RecipeError) as caught:
-        load_recipe(home / "recipe.yaml", [*stage, *layout])
+        load_recipe(home / "recipe.yaml", [*layout, *stage])
     assert said in str(caught.value)
 
 

@@ -1,11 +1,14 @@
 """The shipped recipes: one made small and run to its judge, one of real size shown and planned."""
 
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from llmscale.artifacts import read_json
+from llmscale.recipe.recipe import load_recipe
+from llmscale.stages.ppo import Ppo
 from tests.called import llmscale
 from tests.conftest import RLHF, RLHF_LLAMA3
 from tests.ranks import run_recipe
@@ -36,6 +39,15 @@ def test_the_shipped_chain_runs_from_sentences_to_a_judged_policy(tmp_path: Path
         assert -1 <= line["validation_reward_judge"] <= 1
     assert read_json(stage.manifest_file)["status"] == "finished"
     assert (stage.hf / "model.safetensors").is_file()
+
+
+def test_what_the_shipped_chain_s_comment_offers_can_be_run() -> None:
+    lines = RLHF.read_text().splitlines()
+    comment = " ".join(line.removeprefix("#") for line in lines if line.startswith("#"))
+    offered = shlex.split(comment.partition("By DeepSpeed instead:")[2])
+    stage = load_recipe(RLHF, offered).stages["ppo"]
+    assert isinstance(stage, Ppo)
+    assert (stage.engine, stage.zero.stage) == ("deepspeed", 2)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from llmscale.rlhf.batches import Experience, PolicyObjective
+from llmscale.training.rows import Rows
 from tests.ranks import run_ranks
 from tests.rlhf.letters import LETTERS, letters_home
 from tests.rlhf.plain_ppo import Answered, PlainPpo
@@ -110,6 +112,33 @@ def test_updates_on_fixed_answers_equal_plain_pytorch(
         found = load_whole(tmp_path / "run" / name)
         for key, parameter in model.named_parameters():
             torch.testing.assert_close(found[key], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_that_sees_its_answers_first_is_the_one_that_was_told_of_them() -> None:
+    torch.manual_seed(1)
+    known_bs, rollout_bs, advantages_bs = torch.randn(3, 4, 5)
+    rows = Rows(*(torch.ones(4, 5, dtype=torch.long) for _ in range(5)))
+    objective = PolicyObjective(
+        clip=0.2, dual_clip=3.0, kl_weight=0.0, kl_estimator="k3", entropy_weight=0.1
+    )
+
+    def learned(sampled_bs: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, float]]:
+        experience = Experience(rows, sampled_bs, rollout_bs, advantages_bs)
+        batch = experience.policy_batch(range(4), objective)
+        outputs_bs = (-known_bs).requires_grad_()
+        found = batch.loss(outputs_bs)
+        (gradient_bs,) = torch.autograd.grad(found.total, outputs_bs)
+        means = (found.told / found.count).tolist()
+        told = dict(zip(batch.figures, means, strict=True))
+        return gradient_bs, {"loss": found.total.item(), **told}
+
+    (expected_bs, wanted), (gradient_bs, told) = learned(known_bs), learned(None)
+    assert torch.equal(gradient_bs, expected_bs)
+    assert told["loss"] == wanted["loss"]
+    assert told["entropy"] == pytest.approx(-known_bs.mean().item())
+    apart = ((rollout_bs.exp() - known_bs.exp()) / known_bs.exp()).abs().mean().item()
+    assert told["rollout_disagreement"] == pytest.approx(apart, rel=1e-5)
+    assert told["clip_fraction"] == told["update_kl"] == 0.0
 
 
 def load_whole(folder: Path) -> dict[str, torch.Tensor]:

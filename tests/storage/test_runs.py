@@ -14,6 +14,9 @@ import pytest
 from llmscale.storage import Storage
 from tests.cluster.conftest import local_curve, local_run  # noqa: F401
 from tests.cluster.runs import STEPS, Curve, until
+from tests.ranks import run_recipe
+from tests.rlhf.test_placement import placed
+from tests.rlhf.test_ppo import iterations
 from tests.storage.runs import (
     CALL,
     curve_at,
@@ -190,6 +193,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     wrong = f"{url}/{folder}: the checksum of state.json does not hold; using the one before"
     assert wrong in log
     assert curve_at(url) == local_curve
+
+
+def test_a_critic_on_ranks_of_its_own_has_its_state_at_the_url_and_goes_on_elsewhere(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = {"valuers": {"roles": ["critic"]}}
+    recipe = placed(tmp_path / "home", 2, placement=placement)
+    whole = run_recipe(recipe, tmp_path / "whole", [])
+    llmscale("run", recipe, "--run-dir", url)
+    storage = Storage(url)
+    assert any("step-00000004/critic/" in name for name in storage.versions("ppo/checkpoints"))
+    storage.write("ppo/checkpoints/step-00000006/state.json", b"{}")
+    manifest = {**manifest_at(url, "ppo"), "status": "failed"}
+    storage.write("ppo/manifest.json", json.dumps(manifest).encode())
+    monkeypatch.setenv("LLMSCALE_CACHE", str(tmp_path / "another machine"))
+    llmscale("run", recipe, "--run-dir", url)
+    log = (storage.read("ppo/logs/rank-00000.log") or b"").decode()
+    assert "step-00000006: the checksum of state.json does not hold; using the one before" in log
+    lines = map(json.loads, (storage.read("ppo/metrics.jsonl") or b"").splitlines())
+    told = [line for line in lines if "loss" in line]
+    for found, wanted in zip(told, iterations(whole), strict=True):
+        for name in ("step", "loss", "value_loss", "reward"):
+            assert found[name] == wanted[name]
 
 
 @pytest.mark.parametrize(

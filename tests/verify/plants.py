@@ -150,8 +150,10 @@ def vocabulary_of_other_ranks_forgotten() -> Iterator[None]:
 
     original = cross_entropy._CrossEntropy.forward
 
-    def forward(ctx: Any, logits: Any, labels: Any, first: int, group: Any) -> torch.Tensor:
-        return original(ctx, logits, labels, first, Alone())
+    def forward(
+        ctx: Any, logits: Any, labels: Any, first: int, true: int, group: Any
+    ) -> torch.Tensor:
+        return original(ctx, logits, labels, first, true, Alone())
 
     with patch.object(cross_entropy._CrossEntropy, "forward", staticmethod(forward)):
         yield

@@ -86,9 +86,10 @@ def weighed_by_rank(job: Job, rank: int, rendezvous: str) -> None:
     right = learning.examined
 
     def wrong(lesson: Any, roles: Any, *rest: Any) -> Any:
-        experience, told = right(lesson, roles, *rest)
+        experience, expected, told = right(lesson, roles, *rest)
         weight = 1.0 + 0.01 * roles.policy.data_rank
-        return replace(experience, advantages_ns=weight * experience.advantages_ns), told
+        weighed = replace(experience, advantages_ns=weight * experience.advantages_ns)
+        return weighed, expected, told
 
     if job.task.name == LAYOUT:
         learning.examined = wrong

@@ -120,12 +120,12 @@ def test_a_node_that_fails_twice_is_left_for_another_and_named_in_status(
 def test_a_time_limit_shorter_than_the_run_is_got_over_twice_with_the_same_curve(
     slurm: Cluster, prepared: Path, tmp_path: Path
 ) -> None:
-    longer = [*SMALL, "stages.pretrain.steps=300"]
+    longer = [*SMALL, "stages.pretrain.steps=500"]
     reference = copied(prepared, tmp_path / "reference")
     run_recipe(QUICKSTART, reference, [*longer, *ON_ONE], ["pretrain"])
     run = copied(prepared, tmp_path / "run")
     saving = "stages.pretrain.checkpoint={every: 1, keep: 2}"
-    limit = ["--time=00:01:00", "--signal=B:USR1@5"]
+    limit = ["--time=00:01:00", "--signal=B:USR1@15"]
     job = sbatch(slurm, run, *TWO_NODES, *longer, saving, BY_SRUN, *UP_TO_TRAINING, options=limit)
     completed(slurm, job, run)
     assert curve(run) == curve(reference)
