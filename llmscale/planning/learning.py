@@ -182,7 +182,8 @@ def iteration_time(setup: LearningSetup, constants: Constants) -> IterationTime:
     updates = setup.passes * setup.samples / setup.policy.global_batch
     update = step_time(setup.policy, constants).total
     rollout = rollout_seconds(setup, constants)
-    asked, score = [setup.policy], 0.0
+    seen_in_update = updates == 1 and not setup.ahead
+    asked, score = [] if seen_in_update else [setup.policy], 0.0
     for number, group in enumerate(setup.groups.values()):
         if group.critic is not None:
             critic = step_time(group.critic, constants).total

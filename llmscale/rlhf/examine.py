@@ -55,7 +55,7 @@ def examined(
     rows = answer_rows(answers, form, roles.policy.device)
     mask_ns, rollout_ns = rows.mask_bs > 0, rollout_probabilities(answers, rows)
     said = _asked(lesson, roles, rows, policy=early or not lesson.seen_in_update)
-    apart_ns = _apart(said, mask_ns)
+    apart_ns = _apart(said, rollout_ns, mask_ns)
     penalties_ns = torch.zeros_like(rollout_ns)
     if apart_ns is not None and lesson.kl.place == "reward":
         penalties_ns = coefficient * divergence(apart_ns, lesson.kl.estimator)
@@ -96,11 +96,15 @@ def _asked(lesson: Lesson, roles: Roles, rows: Rows, policy: bool) -> Said:
     return said
 
 
-def _apart(said: Said, mask_ns: Tensor) -> Tensor | None:
-    """By how much the policy's log-probabilities are above the reference's; 0 where masked."""
-    if said.policy_ns is None or said.reference_ns is None:
+def _apart(said: Said, rollout_ns: Tensor, mask_ns: Tensor) -> Tensor | None:
+    """By how much the policy's log-probabilities are above the reference's; 0 where masked.
+
+    A policy that was not asked is the rollout's: its answers are samples of that one.
+    """
+    if said.reference_ns is None:
         return None
-    return torch.where(mask_ns, said.policy_ns - said.reference_ns, 0.0)
+    policy_ns = rollout_ns if said.policy_ns is None else said.policy_ns
+    return torch.where(mask_ns, policy_ns - said.reference_ns, 0.0)
 
 
 def _policy_figures(experience: Experience) -> dict[str, float]:

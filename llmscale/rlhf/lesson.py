@@ -31,7 +31,6 @@ class Lesson:
     def seen_in_update(self) -> bool:
         """Whether an update's own pass sees what the policy made of its answers.
 
-        It does where it is an iteration's only one, and no penalty has to be known before.
+        It does where it is an iteration's only one.
         """
-        once = self.update.passes == 1 and self.batch.global_ == self.rollout.samples
-        return once and not self.kl.wanted
+        return self.update.passes == 1 and self.batch.global_ == self.rollout.samples
