@@ -173,8 +173,9 @@ def _iteration(proof: Proof, roles: Roles, step: int) -> dict[str, float]:
 
 
 def _answered(proof: Proof, step: int) -> tuple[list[Answer], Scores]:
-    """Answers of all lengths to prompts of all lengths, and normal scores."""
+    """Answers of all lengths to prompts of all lengths, as chance has them, and normal scores."""
     own = _learning(proof).rollout
+    by_chance = -math.log(proof.vocabulary)
     random = np.random.default_rng([proof.seed, step])
     most = own.max_new_tokens
 
@@ -187,7 +188,7 @@ def _answered(proof: Proof, step: int) -> tuple[list[Answer], Scores]:
         prompt = Prompt(str(number), tokens(proof.model.sequence_length - most))
         for _ in range(own.answers):
             given = tokens(most)
-            answers.append(Answer(prompt, "", given, (0.0,) * len(given), len(given) < most))
+            answers.append(Answer(prompt, "", given, (by_chance,) * len(given), len(given) < most))
     return answers, Scores(random.standard_normal(len(answers)).tolist(), {})
 
 
