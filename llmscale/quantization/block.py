@@ -94,7 +94,7 @@ def quantize_block(
             weights = {name: _weight(block, name) for name in group}
             columns = weights[group[0]].shape[1]
             own = recipe.of(group[0])
-            statistics = InputStatistics(columns, own.scheme.by_products)
+            statistics = InputStatistics(columns, own.scheme.by_products, own.scheme.by_magnitudes)
             for one in passes:
                 statistics.add(one.go_on())
             statistics.join()

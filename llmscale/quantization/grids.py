@@ -115,7 +115,9 @@ def _grid_of_rows(
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for scale_og, zero_og in _candidates(weight_ogw, form, shrinking):
         scale_og = _stored(scale_og, dtype)
-        scaled = weight_ogw / scale_og[..., None] + zero_og[..., None]
+        scaled = weight_ogw / scale_og[..., None]
+        if not form.symmetric:
+            scaled += zero_og[..., None]
         wrong = (_rounded(scaled, form).sub_(scaled)).mul_(scale_og[..., None]).square_()
         error_og = wrong.mul_(importance_gw).sum(-1)
         if best is None:

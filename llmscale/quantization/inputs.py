@@ -13,14 +13,16 @@ SAMPLES_A_WINDOW = 16
 
 
 class InputStatistics:
-    """Sums over all tokens that reach a layer: of X^T X, and each column's greatest magnitude.
+    """Of all tokens that reach a layer: the sum of X^T X, greatest magnitudes a column, samples.
 
     Args:
         with_products: whether the sum of X^T X, the Hessian, is wanted.
+        with_magnitudes: whether the greatest magnitudes and samples are.
     """
 
-    def __init__(self, columns: int, with_products: bool) -> None:
+    def __init__(self, columns: int, with_products: bool, with_magnitudes: bool) -> None:
         self.tokens = 0
+        self._with_magnitudes = with_magnitudes
         self.largest_i = torch.zeros(columns)
         self._samples: list[Tensor] = []
         self._lower_ii = torch.zeros(columns, columns) if with_products else None
@@ -29,9 +31,10 @@ class InputStatistics:
         """Takes in more tokens: all dimensions but the last."""
         inputs_ni = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(inputs_ni)
-        least, most = inputs_ni.aminmax(dim=0)
-        self.largest_i = torch.maximum(self.largest_i, torch.maximum(most, -least))
-        self._samples.append(inputs_ni[:: max(1, len(inputs_ni) // SAMPLES_A_WINDOW)].clone())
+        if self._with_magnitudes:
+            least, most = inputs_ni.aminmax(dim=0)
+            self.largest_i = torch.maximum(self.largest_i, torch.maximum(most, -least))
+            self._samples.append(inputs_ni[:: max(1, len(inputs_ni) // SAMPLES_A_WINDOW)].clone())
         if self._lower_ii is not None:
             add_products(self._lower_ii, inputs_ni)
 

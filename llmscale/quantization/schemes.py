@@ -78,13 +78,18 @@ class Scheme:
     @property
     def calibrated(self) -> bool:
         """Whether texts are necessary."""
-        static = self.activations is not None and not self.activations.dynamic
-        return bool(self.rounding == "gptq" or self.scaling or static or self.cache)
+        return bool(self.rounding == "gptq" or self.by_magnitudes or self.cache)
 
     @property
     def by_products(self) -> bool:
         """Whether the sum of X^T X of a layer's inputs X is necessary."""
         return self.rounding == "gptq" or self.scaling == "awq"
+
+    @property
+    def by_magnitudes(self) -> bool:
+        """Whether a layer's greatest inputs are necessary."""
+        static = self.activations is not None and not self.activations.dynamic
+        return self.scaling is not None or static
 
     @property
     def loaded_by(self) -> str:

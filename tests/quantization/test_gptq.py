@@ -89,7 +89,7 @@ def test_the_error_is_below_that_of_rounding_to_nearest(seed: int, group_size: i
 
 def test_the_products_are_those_of_all_tokens() -> None:
     _, inputs = layer(2)
-    statistics = InputStatistics(160, with_products=True)
+    statistics = InputStatistics(160, with_products=True, with_magnitudes=True)
     for part in inputs.split(64):
         statistics.add(part[None])
 
