@@ -93,7 +93,8 @@ def quantize_layers(
     scales_i = None
     if scheme.scaling is not None and shares_i is not None:
         assert statistics is not None
-        scales_i = find_scales(weight_oi, recipe, statistics, hessian_ii, shares_i)
+        products_ii = hessian_ii if scheme.scaling == "awq" else None
+        scales_i = find_scales(weight_oi, recipe, statistics, products_ii, shares_i)
         weight_oi = weight_oi * scales_i
         if hessian_ii is not None:
             hessian_ii = hessian_ii / scales_i / scales_i[:, None]

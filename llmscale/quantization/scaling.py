@@ -36,6 +36,7 @@ def find_scales(
     the calibration.
 
     Args:
+        hessian_ii: of AWQ; None is SmoothQuant.
         shares_i: columns with the same number are one output of what comes before, and have one
             scale.
     """
