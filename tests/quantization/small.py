@@ -10,6 +10,14 @@ from llmscale.data.tokenizer import train_tokenizer
 TEXT = Path(__file__).parents[2] / "recipes" / "texts" / "shakespeare" / "hamlet.txt"
 
 
+def recipe_beside_llama(folder: Path, recipe: str) -> Path:
+    """The file of a recipe, and ``llama`` beside it."""
+    small_llama(folder / "llama")
+    file = folder / "recipe.yaml"
+    file.write_text(recipe)
+    return file
+
+
 def small_llama(folder: Path, *, tied: bool = True, **changes: int) -> Path:
     """Writes a model of two layers with random weights, some columns larger than others."""
     tokenizer = train_tokenizer(iter([TEXT.read_text(encoding="utf-8")[:20000]]), "bpe", 400)

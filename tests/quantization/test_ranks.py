@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from llmscale.clusters.base import Job
 from llmscale.errors import RecipeError
 from llmscale.recipe.recipe import load_recipe
-from tests.quantization.small import TEXT, small_llama
+from tests.quantization.small import TEXT, recipe_beside_llama, small_llama
 from tests.ranks import answer, run_ranks, run_recipe, settings
 
 RECIPE = f"""
@@ -29,10 +29,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    small_llama(tmp_path / "llama")
-    file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE)
-    return file
+    return recipe_beside_llama(tmp_path, RECIPE)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

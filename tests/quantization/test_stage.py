@@ -8,7 +8,7 @@ import pytest
 from llmscale.artifacts import RunFolder
 from llmscale.errors import RecipeError
 from llmscale.recipe.recipe import load_recipe
-from tests.quantization.small import TEXT, small_llama
+from tests.quantization.small import TEXT, recipe_beside_llama
 from tests.ranks import run_recipe
 
 RECIPE = f"""
@@ -40,10 +40,7 @@ stages:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    small_llama(tmp_path / "llama")
-    file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE)
-    return file
+    return recipe_beside_llama(tmp_path, RECIPE)
 
 
 def test_a_recipe_quantizes_evaluates_and_compares(recipe: Path, tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ class PlainPpo:
     def learn(self, answered: Answered, passes: int) -> list[dict[str, float]]:
         """Passes over the answers, one update each; what the last one of each pass was."""
         with torch.no_grad():
-            before = [self._probabilities(self.policy, *pair) for pair in _pairs(answered)]
-            anchors = [self._probabilities(self.reference, *pair) for pair in _pairs(answered)]
-            expected = [self._values(*pair) for pair in _pairs(answered)]
+            before = [self._probabilities(self.policy, *pair) for pair in pairs(answered)]
+            anchors = [self._probabilities(self.reference, *pair) for pair in pairs(answered)]
+            expected = [self._values(*pair) for pair in pairs(answered)]
         gains = []
         for own, anchor, value, score in zip(
             before, anchors, expected, answered.scores, strict=True
@@ -79,7 +79,7 @@ class PlainPpo:
         wanted: list[Tensor],
     ) -> dict[str, float]:
         policy_losses, value_losses = [], []
-        for number, pair in enumerate(_pairs(answered)):
+        for number, pair in enumerate(pairs(answered)):
             ratio = (self._probabilities(self.policy, *pair) - before[number]).exp()
             gain = gains[number]
             policy_losses.append(-torch.min(gain * ratio, gain * ratio.clamp(0.8, 1.2)))
@@ -105,9 +105,7 @@ class PlainPpo:
     def _probabilities(
         self, model: torch.nn.Module, prompt: list[int], answer: list[int]
     ) -> Tensor:
-        logits = model(torch.tensor([prompt + answer])).logits[0] / self.temperature
-        chosen = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        return chosen.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return probabilities(model, prompt, answer, self.temperature)
 
     def _values(self, prompt: list[int], answer: list[int]) -> Tensor:
         hidden = self.critic.model(torch.tensor([prompt + answer])).last_hidden_state[0]
@@ -115,7 +113,16 @@ class PlainPpo:
         return scores
 
 
-def _pairs(answered: Answered) -> list[tuple[list[int], list[int]]]:
+def probabilities(
+    model: torch.nn.Module, prompt: list[int], answer: list[int], temperature: float
+) -> Tensor:
+    """The logarithms of an answer's tokens' probabilities."""
+    logits = model(torch.tensor([prompt + answer])).logits[0] / temperature
+    chosen = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return chosen.gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def pairs(answered: Answered) -> list[tuple[list[int], list[int]]]:
     return list(zip(answered.prompts, answered.answers, strict=True))
 
 

@@ -57,8 +57,8 @@ class FixedRollout:
         return Answer(prompt, text, tokens, (0.0,) * len(tokens), len(tokens) < self._most)
 
 
-def learn_from_fixed_answers(job: Job, rank: int, rendezvous: str) -> None:
-    """Some iterations on given answers; tells their figures, exports both models."""
+def learn_from_answers(job: Job, rank: int, rendezvous: str) -> None:
+    """Some iterations, on given answers if there are any; tells of them, exports what learned."""
     from dataclasses import replace
 
     from llmscale.rlhf.critics import OwnCritic
@@ -75,13 +75,16 @@ def learn_from_fixed_answers(job: Job, rank: int, rendezvous: str) -> None:
     if rank == 0:
         make_prompts(stage, workspace)
     with joined_ranks(stage, workspace), built_roles(stage, workspace, resumed=False) as built:
-        fixed = FixedRollout(given["answers"], stage.rollout.max_new_tokens)
-        roles = replace(built, rollout=fixed)
+        roles = built
+        if given["answers"] is not None:
+            fixed = FixedRollout(given["answers"], stage.rollout.max_new_tokens)
+            roles = replace(built, rollout=fixed)
         checkpoints = Checkpoints(workspace.folder.checkpoints, 1)
         loop = controller(stage, workspace, roles, checkpoints, StopRequest(), None)
         told, state = [], TrainingState(kl_coefficient=stage.kl.coefficient)
         for step in range(stage.steps or 0):
             state = replace(state, step=step, consumed_samples=step * stage.rollout.prompts)
+            roles.rollout.synchronize(roles.policy.whole_weights())
             answers = loop.answers(state)
             scores = roles.scorers.scores(answers)
             lesson, beta = loop.lesson, stage.kl.coefficient
@@ -89,9 +92,12 @@ def learn_from_fixed_answers(job: Job, rank: int, rendezvous: str) -> None:
                 lesson, roles, loop.form, answers, scores, beta
             )
             figures |= updated(lesson, roles, experience, expected, beta, step)
-            told.append({"asked": [one.prompt.text for one in answers], **figures})
-        assert isinstance(roles.critic, OwnCritic)
-        for name, engine in (("policy", roles.policy), ("critic", roles.critic.engine)):
+            asked, said = [one.prompt.text for one in answers], [one.tokens for one in answers]
+            told.append({"asked": asked, "said": said, "scores": scores.total_n, **figures})
+        learned = {"policy": roles.policy}
+        if isinstance(roles.critic, OwnCritic):
+            learned["critic"] = roles.critic.engine
+        for name, engine in learned.items():
             if rank == 0:
                 (job.run_folder / name).mkdir()
             engine.export(job.run_folder / name)

@@ -14,7 +14,8 @@ from llmscale.training.rows import Rows
 from tests.ranks import run_ranks
 from tests.rlhf.letters import LETTERS, letters_home
 from tests.rlhf.plain_ppo import Answered, PlainPpo
-from tests.rlhf.programs import learn_from_fixed_answers
+from tests.rlhf.plain_rloo import PlainRloo
+from tests.rlhf.programs import learn_from_answers
 
 STEPS, PASSES, TEMPERATURE, BETA, RATE, CLIP = 2, 2, 0.7, 0.1, 3e-3, 0.5
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel": {"data": 2},
         "batch": {"global": 12, "micro": 2},
     },
+}
+OPTIMIZER = {
+    "learning_rate": RATE,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "beta2": 0.999,
+    "epsilon": 1e-5,
+    "gradient_clip": CLIP,
 }
 RANKS = {"one rank": 1, "data 2": 2, "tensor 2 x pipeline 2": 4, "ZeRO 2": 2}
 
@@ -71,19 +80,12 @@ def test_updates_on_fixed_answers_equal_plain_pytorch(
         rollout={"prompts": 12, "max_new_tokens": 8, "temperature": TEMPERATURE},
         kl={"coefficient": BETA},
         update={"passes": PASSES},
-        optimizer={
-            "learning_rate": RATE,
-            "schedule": "constant",
-            "weight_decay": 0.0,
-            "beta2": 0.999,
-            "epsilon": 1e-5,
-            "gradient_clip": CLIP,
-        },
+        optimizer=OPTIMIZER,
         steps=STEPS,
         **LAYOUTS[layout],
     )
     told = run_ranks(
-        learn_from_fixed_answers,
+        learn_from_answers,
         RANKS[layout],
         tmp_path / "run",
         recipe=str(run / "recipe.yaml"),
@@ -112,6 +114,46 @@ def test_updates_on_fixed_answers_equal_plain_pytorch(
         found = load_whole(tmp_path / "run" / name)
         for key, parameter in model.named_parameters():
             torch.testing.assert_close(found[key], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_only_update_by_own_answers_with_a_penalty_equals_plain_pytorch(
+    home: Path, tmp_path: Path, layout: str
+) -> None:
+    run, steps = tmp_path / "home", 3
+    letters_home(
+        run,
+        RANKS[layout],
+        algorithm="rloo",
+        start_from=str(home / "base"),
+        rollout={"prompts": 3, "answers": 4, "max_new_tokens": 8, "temperature": TEMPERATURE},
+        kl={"coefficient": BETA},
+        optimizer=OPTIMIZER,
+        steps=steps,
+        **LAYOUTS[layout],
+    )
+    told = run_ranks(
+        learn_from_answers,
+        RANKS[layout],
+        tmp_path / "run",
+        recipe=str(run / "recipe.yaml"),
+        answers=None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    plain = PlainRloo(
+        home / "base", rate=RATE, beta=BETA, temperature=TEMPERATURE, clip=CLIP, each=4
+    )
+    assert len(told) == steps
+    for figures in told:
+        prompts = [tokenizer(p, add_special_tokens=False).input_ids for p in figures["asked"]]
+        expected = plain.learn(Answered(prompts, figures["said"], figures["scores"]))
+        for name, value in expected.items():
+            assert figures[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
+        assert figures["rollout_disagreement"] < 1e-5
+    assert told[-1]["kl"] > 1e-3, "the policy has moved"
+    found = load_whole(tmp_path / "run" / "policy")
+    for key, parameter in plain.policy.named_parameters():
+        torch.testing.assert_close(found[key], parameter.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_an_update_that_sees_its_answers_first_is_the_one_that_was_told_of_them() -> None:
