@@ -26,8 +26,8 @@ from llmscale.mirror import Mirror
 
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
-UPLOADED = re.compile(r'[^"]*/_ray_pkg_[0-9a-f]+/')
-"""The way to what a Ray job uploaded, in a path."""
+UPLOADED = re.compile(r'(?<![^"])[^"]*/_ray_pkg_[0-9a-f]+/')
+"""The way to what a Ray job uploaded, in a path from its beginning: a text's, or a quote."""
 
 
 def now() -> str:

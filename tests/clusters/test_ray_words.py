@@ -87,6 +87,8 @@ def test_what_a_job_uploads_again_is_the_same_input(tmp_path: Path) -> None:
     second.write_text("or not")
     assert version_of(first) != version_of(second)
     assert fingerprint(UPLOAD.format("0a1b")) != fingerprint(UPLOAD.format("0a1b") + "/other")
+    assert fingerprint([UPLOAD.format("0a1b"), 1]) == fingerprint([UPLOAD.format("2c3d"), 1])
+    assert fingerprint(list(range(10**6)))  # at once, however much there is
 
 
 def test_fewer_ranks_keep_the_model_whole_and_the_batch_even() -> None:
