@@ -61,6 +61,12 @@ def overlapped_gradient_reduction(device: str) -> bool:
     return device == "cuda"
 
 
+def quick_bf16() -> bool:
+    """Whether this CPU has instructions that multiply in bf16, twice as fast as in fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def require_precision(precision: str, device: str) -> None:
     """Checks that the device can train in a recipe's precision.
 

@@ -4,7 +4,7 @@ Shape legend: s positions, d hidden size.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmscale.errors import RecipeError
+from llmscale.parallel import probes
+from llmscale.parallel.memory import give_back_freed_memory
 from llmscale.quantization.families import BEFORE, VALUES, divided_outputs, shares
 from llmscale.quantization.formats import stored_tensors
 from llmscale.quantization.gptq import NotPositiveDefinite
@@ -19,14 +21,6 @@ from llmscale.quantization.inputs import InputStatistics
 from llmscale.quantization.key_value_cache import SeenCache
 from llmscale.quantization.layers import QuantizedGroup, QuantizedLayer, Recipe, quantize_layers
 from llmscale.quantization.paused import PausedPass, pause
-
-
-@dataclass
-class BlockResult:
-    """The tensors of a block as they are stored, and what it computes with them."""
-
-    tensors: dict[str, Tensor]
-    outputs: list[Tensor]
 
 
 def layers_by_input(
@@ -65,14 +59,18 @@ def quantize_block(
     inputs: Sequence[Tensor],
     told: Mapping[str, Any],
     config: Any,
-) -> BlockResult:
+) -> dict[str, Tensor]:
     """Quantizes a block by its inputs [1, s, d], a window each, in one forward pass.
 
     Layers with one input are of one format; the recipe knows them by their names in the block.
+    What the quantized block computes takes the place of its inputs.
 
     Every window's pass waits before each group of layers until they are quantized, so that the
     next layers see what these compute in the end ("true sequential"). Ranks that share the windows
     quantize alike, by what all of them have seen; collective.
+
+    Returns:
+        The block's tensors as they are stored.
 
     Raises:
         RecipeError: if a layer's inputs are of no use.
@@ -88,15 +86,16 @@ def quantize_block(
     ]
     done: dict[str, QuantizedLayer] = {}
     changed: dict[str, Tensor] = {}
-    before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    before = block.state_dict()
     try:
         for group in groups:
             weights = {name: _weight(block, name) for name in group}
             columns = weights[group[0]].shape[1]
             own = recipe.of(group[0])
-            statistics = InputStatistics(columns, own.scheme.by_products, own.scheme.by_magnitudes)
+            statistics = InputStatistics(columns, own.scheme.by_products, own.scheme.by_range)
             for one in passes:
-                statistics.add(one.go_on())
+                statistics.add(_go_on(one))
+            give_back_freed_memory()
             statistics.join()
             shares_i = shares(group[0], config, columns)
             try:
@@ -111,11 +110,13 @@ def quantize_block(
                 if BEFORE[group[0]] == VALUES:
                     cache.values_c = cache.values_c / scales
             for name in group:
-                _weight(block, name).copy_(quantized.effective(name))
+                _weight(block, name).data = quantized.effective(name)
             done |= quantized.layers
-        for one in passes:
-            one.go_on()
-        outputs = [one.result[0] if isinstance(one.result, tuple) else one.result for one in passes]
+            give_back_freed_memory()
+        for given, one in zip(inputs, passes, strict=True):
+            _go_on(one)
+            given.copy_(one.result[0] if isinstance(one.result, tuple) else one.result)
+            one.result = None
     finally:
         for hook in hooks:
             hook.remove()
@@ -124,16 +125,22 @@ def quantize_block(
     tensors = _stored({**before, **changed}, done, recipe)
     if recipe.scheme.cache is not None:
         tensors |= cache.scales(recipe.scheme.cache, recipe.dtype)
-    return BlockResult(tensors, outputs)
+    return tensors
 
 
 @torch.no_grad()
-def round_block(block: nn.Module, names: Sequence[str], recipe: Recipe) -> BlockResult:
-    """Quantizes a block without calibration."""
+def round_block(block: nn.Module, names: Sequence[str], recipe: Recipe) -> dict[str, Tensor]:
+    """Quantizes a block without calibration; gives its tensors as they are stored."""
     done: dict[str, QuantizedLayer] = {}
     for name in names:
         done |= quantize_layers({name: _weight(block, name)}, recipe).layers
-    return BlockResult(_stored(block.state_dict(), done, recipe), [])
+    return _stored(block.state_dict(), done, recipe)
+
+
+def _go_on(one: PausedPass) -> Any:
+    """Goes on with a pass, in bf16 where the CPU multiplies in it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=probes.quick_bf16()):
+        return one.go_on()
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:

@@ -25,13 +25,8 @@ from llmscale.artifacts import (
     write_json,
 )
 from llmscale.models.stored_weights import INDEX
-from llmscale.parallel import shares
-from llmscale.quantization.block import (
-    BlockResult,
-    layers_by_input,
-    quantize_block,
-    round_block,
-)
+from llmscale.parallel import probes, shares
+from llmscale.quantization.block import layers_by_input, quantize_block, round_block
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.formats import quantization_config
 from llmscale.quantization.layers import Recipe
@@ -75,14 +70,14 @@ def quantize_folder(
         own = recipe.within(f"{model.prefix}.{number}.")
         with model.loaded(number) as block:
             if stream is None:
-                result = round_block(block, model.names, own)
+                tensors = round_block(block, model.names, own)
             else:
-                result = stream.through(block, number, model, own)
+                tensors = stream.through(block, number, model, own)
         if stream is not None:
-            stream.keep(beside, number + 1, result)
+            stream.keep(beside, number + 1)
         shares.together()
         if shares.first():
-            named = {f"{model.prefix}.{number}.{name}": t for name, t in result.tensors.items()}
+            named = {f"{model.prefix}.{number}.{name}": t for name, t in tensors.items()}
             _save(named, beside / _shard(number))
         on_block(before + number + 1, before + blocks)
     if shares.first():
@@ -109,19 +104,17 @@ class Stream:
 
     def through(
         self, block: torch.nn.Module, number: int, model: BlockwiseModel, recipe: Recipe
-    ) -> BlockResult:
-        """Quantizes a block and goes through it."""
+    ) -> dict[str, Tensor]:
+        """Quantizes a block, whose tensors it gives, and goes through it."""
         if self.groups is None:
             self.groups = layers_by_input(block, model.names, self.hidden[0], self.told[number])
-        result = quantize_block(
+        return quantize_block(
             block, self.groups, recipe, self.hidden, self.told[number], model.config
         )
-        self.hidden = result.outputs
-        return result
 
-    def keep(self, beside: Path, number: int, result: BlockResult) -> None:
+    def keep(self, beside: Path, number: int) -> None:
         """Writes what goes into a block, and removes what went into the one before the last."""
-        _save({INPUTS: torch.cat(result.outputs)}, beside / _inputs(number))
+        _save({INPUTS: torch.cat(self.hidden)}, beside / _inputs(number))
         (beside / _inputs(number - 2)).unlink(missing_ok=True)
 
 
@@ -149,6 +142,7 @@ def _begun(source: Path, target: Path, recipe: Recipe, windows_ns: Tensor | None
             str(recipe),
             None if windows_ns is None else windows_ns.tolist(),
             torch.__version__,
+            probes.quick_bf16(),
         ]
     )
     if beside.exists() and read_json(beside / CALL) != call:

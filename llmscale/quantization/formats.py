@@ -24,8 +24,10 @@ def stored_tensors(layer: QuantizedLayer, recipe: Recipe) -> dict[str, Tensor]:
     own = {"weight": layer.weight_oi, "weight_scale": grid.scale_og}
     if grid.zero_og is not None:
         own["weight_zero_point"] = grid.zero_og.to(torch.int8)
-    if layer.input_scale is not None:
-        own["input_scale"] = layer.input_scale
+    if layer.inputs is not None:
+        own["input_scale"] = layer.inputs.scale
+        if layer.inputs.zero is not None:
+            own["input_zero_point"] = layer.inputs.zero.to(torch.int8)
     compressor = BaseCompressor.get_value_from_registry(_format(recipe).value)
     compressed = compressor.compress(own, scheme(recipe))
     return {
@@ -78,9 +80,9 @@ def scheme(recipe: Recipe, targets: Sequence[str] = ("Linear",)) -> Quantization
         input_activations=None
         if activations is None
         else QuantizationArgs(
-            num_bits=activations.bits,
+            num_bits=8,
             type=activations.number,
-            symmetric=True,
+            symmetric=activations.symmetric,
             strategy="token" if activations.dynamic else "tensor",
             dynamic=activations.dynamic,
         ),

@@ -84,17 +84,16 @@ def gptq(weight_oi: Tensor, hessian_ii: Tensor, grid: Grid, damping: float = DAM
         end = min(begin + COLUMNS_A_BLOCK, columns)
         errors_bo = torch.empty(end - begin, len(weight_oi))
         for place, column in enumerate(range(begin, end)):
-            due_o = left_io[column]
+            due_o, code_o, scale_o = left_io[column], codes_io[column], scale_io[column]
             if place:
-                due_o = due_o - upper_ii[begin:column, column] @ errors_bo[:place]
-            scale_o = scale_io[column]
-            code_o = due_o / scale_o
+                due_o.addmv_(errors_bo[:place].T, upper_ii[begin:column, column], alpha=-1)
+            torch.div(due_o, scale_o, out=code_o)
             if zero_io is not None:
                 code_o += zero_io[column]
             code_o.round_().clamp_(grid.least, grid.most)
-            codes_io[column] = code_o
-            value_o = (code_o if zero_io is None else code_o - zero_io[column]) * scale_o
-            errors_bo[place] = (due_o - value_o) / upper_ii[column, column]
+            steps_o = code_o if zero_io is None else code_o - zero_io[column]
+            torch.addcmul(due_o, steps_o, scale_o, value=-1, out=errors_bo[place])
+            errors_bo[place] /= upper_ii[column, column]
         left_io[end:].addmm_(upper_ii[begin:end, end:].T, errors_bo, alpha=-1)
     codes_oi = torch.empty_like(weight_oi)
     codes_oi[:, order_i] = codes_io.T

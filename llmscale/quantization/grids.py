@@ -12,9 +12,12 @@ from torch import Tensor
 from llmscale.quantization.schemes import WeightFormat
 
 E4M3 = torch.float8_e4m3fn
-ROWS_AT_ONCE = 256
-SHRINKING = tuple(1 - step / 40 for step in range(17))
+E4M3_MOST = 448.0
+ROWS_AT_ONCE = 1024
+SHRINKING: tuple[float, ...] = (1.0, 0.92, 0.84, 0.76, 0.68, 0.60)
 """The parts of a group's range that are tried as its grid's range."""
+NUDGES: tuple[float, ...] = (0.96, 0.98, 1.02, 1.04)
+"""What the best of them is multiplied by afterwards, to come nearer to the least error."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class Grid:
 
 def lowest_code(form: WeightFormat) -> float:
     """The least code of a format; of floats the least number."""
-    return -448.0 if form.number == "float" else float(-(2 ** (form.bits - 1)))
+    return -E4M3_MOST if form.number == "float" else float(-(2 ** (form.bits - 1)))
 
 
 def highest_code(form: WeightFormat) -> float:
     """The greatest code of a format; of floats the greatest number."""
-    return 448.0 if form.number == "float" else float(2 ** (form.bits - 1) - 1)
+    return E4M3_MOST if form.number == "float" else float(2 ** (form.bits - 1) - 1)
 
 
 def find_grid(
@@ -78,7 +81,7 @@ def find_grid(
     group_size: int | None,
     dtype: torch.dtype,
     importance_i: Tensor | None = None,
-    shrinking: Sequence[float] = SHRINKING,
+    quick: bool = False,
 ) -> Grid:
     """The grid of least error: among shrunken ranges the one whose squared error is least.
 
@@ -88,75 +91,88 @@ def find_grid(
 
     Args:
         importance_i: what a column's squared error counts, such as its inputs' mean square.
-        shrinking: the parts of the range that are tried; with the format's observer ``minmax``
-            it is the whole.
+        quick: tries two ranges, to compare weights by, not to store them.
     """
-    if form.observer == "minmax":
-        shrinking = (1.0,)
     group_size = group_size or weight_oi.shape[1]
+    if form.number == "float":
+        largest_og = weight_oi.unflatten(1, (-1, group_size)).abs().amax(-1)
+        return Grid(form, stored_scale(largest_og / E4M3_MOST, dtype))
+    parts, nudges = SHRINKING, NUDGES
+    if form.observer == "minmax":
+        parts, nudges = (1.0,), ()
+    elif quick:
+        parts, nudges = (1.0, 0.9), ()
     if importance_i is None:
         importance_i = torch.ones(weight_oi.shape[1], device=weight_oi.device)
     importance_gw = importance_i.reshape(-1, group_size)
-    parts = [
-        _grid_of_rows(rows.unflatten(1, (-1, group_size)), form, dtype, importance_gw, shrinking)
-        for rows in weight_oi.split(ROWS_AT_ONCE)
-    ]
-    zeros = [zero for _, zero in parts if zero is not None]
-    return Grid(form, torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None)
+    found = []
+    for rows_oi in weight_oi.split(ROWS_AT_ONCE):
+        rows_gow = rows_oi.unflatten(1, (-1, group_size)).transpose(0, 1).contiguous()
+        found.append(_Search(rows_gow, form, dtype, importance_gw).best(parts, nudges))
+    scales, zeros = zip(*found, strict=True)
+    return Grid(form, torch.cat(scales), None if form.symmetric else torch.cat(zeros))
 
 
-def _grid_of_rows(
-    weight_ogw: Tensor,
-    form: WeightFormat,
-    dtype: torch.dtype,
-    importance_gw: Tensor,
-    shrinking: Sequence[float],
-) -> tuple[Tensor, Tensor | None]:
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for scale_og, zero_og in _candidates(weight_ogw, form, shrinking):
-        scale_og = _stored(scale_og, dtype)
-        scaled = weight_ogw / scale_og[..., None]
+class _Search:
+    """The scales of least error for some rows; two buffers serve all that are tried."""
+
+    def __init__(
+        self, weight_gow: Tensor, form: WeightFormat, dtype: torch.dtype, importance_gw: Tensor
+    ) -> None:
+        self._weight_gow, self._form, self._dtype = weight_gow, form, dtype
+        self._importance_gw1 = importance_gw[..., None]
+        self._scaled_gow = torch.empty_like(weight_gow)
+        self._wrong_gow = torch.empty_like(weight_gow)
+        self._error_go = torch.full_like(weight_gow[..., 0], torch.inf)
+        self._scale_go = torch.ones_like(self._error_go)
+        self._zero_go = torch.zeros_like(self._error_go)
+
+    def best(self, parts: Sequence[float], nudges: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [o, g], of parts of the range, then of what lies around the best."""
+        for whole_go in self._whole_ranges():
+            for part in parts:
+                self._try(whole_go * part)
+        found_go = self._scale_go
+        for nudge in nudges:
+            self._try(found_go * nudge)
+        return self._scale_go.T, self._zero_go.T
+
+    def _whole_ranges(self) -> Iterator[Tensor]:
+        """Scales by which codes reach as far as the weights; sets the zeros."""
+        form = self._form
+        least_go, most_go = self._weight_gow.aminmax(dim=-1)
+        levels = highest_code(form) - lowest_code(form)
         if not form.symmetric:
-            scaled += zero_og[..., None]
-        wrong = (_rounded(scaled, form).sub_(scaled)).mul_(scale_og[..., None]).square_()
-        error_og = wrong.mul_(importance_gw).sum(-1)
-        if best is None:
-            best = error_og, scale_og, zero_og
-        else:
-            better = error_og < best[0]
-            best = (
-                torch.where(better, error_og, best[0]),
-                torch.where(better, scale_og, best[1]),
-                torch.where(better, zero_og, best[2]),
-            )
-    assert best is not None
-    return best[1], None if form.symmetric else best[2]
+            least_go, most_go = least_go.clamp(max=0), most_go.clamp(min=0)
+            whole_go = (most_go - least_go) / levels
+            self._zero_go = lowest_code(form) - least_go / stored_scale(whole_go, torch.float32)
+            self._zero_go.round_()
+            yield whole_go
+            return
+        farthest_go = torch.maximum(most_go, -least_go)
+        yield farthest_go / (levels / 2)
+        if form.granularity == "group":
+            sign_go = torch.where(most_go > -least_go, -1.0, 1.0)
+            yield sign_go * farthest_go / -lowest_code(form)
+
+    def _try(self, scale_go: Tensor) -> None:
+        """Keeps a scale where its error is the least so far."""
+        scale_go = stored_scale(scale_go, self._dtype)
+        scaled_gow, wrong_gow = self._scaled_gow, self._wrong_gow
+        torch.div(self._weight_gow, scale_go[..., None], out=scaled_gow)
+        if not self._form.symmetric:
+            scaled_gow += self._zero_go[..., None]
+        torch.round(scaled_gow, out=wrong_gow)
+        wrong_gow.clamp_(lowest_code(self._form), highest_code(self._form))
+        wrong_gow.sub_(scaled_gow).square_()
+        error_go = (wrong_gow @ self._importance_gw1)[..., 0].mul_(scale_go.square())
+        better_go = error_go < self._error_go
+        self._error_go = torch.where(better_go, error_go, self._error_go)
+        self._scale_go = torch.where(better_go, scale_go, self._scale_go)
 
 
-def _candidates(
-    weight_ogw: Tensor, form: WeightFormat, shrinking: Sequence[float]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    least, most = weight_ogw.amin(-1), weight_ogw.amax(-1)
-    if form.number == "float":
-        yield torch.maximum(most, -least) / highest_code(form), torch.zeros_like(most)
-        return
-    levels = highest_code(form) - lowest_code(form)
-    if form.symmetric:
-        farthest = torch.maximum(most, -least)
-        sign = torch.where(most > -least, -1.0, 1.0)
-        for part in shrinking:
-            yield farthest * part / (levels / 2), torch.zeros_like(most)
-            if form.granularity == "group":
-                yield sign * farthest * part / -lowest_code(form), torch.zeros_like(most)
-        return
-    least, most = least.clamp(max=0), most.clamp(min=0)
-    for part in shrinking:
-        scale = (most - least) * part / levels
-        yield scale, (lowest_code(form) - least * part / _stored(scale, torch.float32)).round_()
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as its folder holds it; a group of zeros gets any."""
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as its folder holds it; where all is zero it is any."""
     stored = scale.to(dtype).float()
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 

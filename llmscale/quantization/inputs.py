@@ -6,24 +6,25 @@ Shape legend: n tokens, i inputs (columns).
 import torch
 from torch import Tensor
 
-from llmscale.parallel import shares
+from llmscale.parallel import probes, shares
 
-PANELS = 6
+PANELS = 4
 SAMPLES_A_WINDOW = 16
 
 
 class InputStatistics:
-    """Of all tokens that reach a layer: the sum of X^T X, greatest magnitudes a column, samples.
+    """Of all tokens that reach a layer: the sum of X^T X, each column's range, samples.
 
     Args:
         with_products: whether the sum of X^T X, the Hessian, is wanted.
-        with_magnitudes: whether the greatest magnitudes and samples are.
+        with_range: whether the least and greatest inputs, and samples, are.
     """
 
-    def __init__(self, columns: int, with_products: bool, with_magnitudes: bool) -> None:
+    def __init__(self, columns: int, with_products: bool, with_range: bool) -> None:
         self.tokens = 0
-        self._with_magnitudes = with_magnitudes
-        self.largest_i = torch.zeros(columns)
+        self._with_range = with_range
+        self.least_i = torch.zeros(columns)
+        self.most_i = torch.zeros(columns)
         self._samples: list[Tensor] = []
         self._lower_ii = torch.zeros(columns, columns) if with_products else None
 
@@ -31,20 +32,30 @@ class InputStatistics:
         """Takes in more tokens: all dimensions but the last."""
         inputs_ni = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += len(inputs_ni)
-        if self._with_magnitudes:
-            least, most = inputs_ni.aminmax(dim=0)
-            self.largest_i = torch.maximum(self.largest_i, torch.maximum(most, -least))
-            self._samples.append(inputs_ni[:: max(1, len(inputs_ni) // SAMPLES_A_WINDOW)].clone())
         if self._lower_ii is not None:
             add_products(self._lower_ii, inputs_ni)
+        if self._with_range:
+            inputs_ni = inputs_ni.float()
+            least, most = inputs_ni.aminmax(dim=0)
+            self.least_i = torch.minimum(self.least_i, least)
+            self.most_i = torch.maximum(self.most_i, most)
+            # Not the first token, whose inputs are like no other's: it would count too much.
+            stride = max(1, len(inputs_ni) // SAMPLES_A_WINDOW)
+            self._samples.append(inputs_ni[stride // 2 :: stride].clone())
 
     def join(self) -> None:
         """Takes in what the other ranks have; collective."""
         self.tokens = int(shares.added(torch.tensor(self.tokens)))
-        shares.greatest(self.largest_i)
+        self.least_i = -shares.greatest(-self.least_i)
+        shares.greatest(self.most_i)
         self._samples = shares.in_order(self._samples)
         if self._lower_ii is not None:
             shares.added(self._lower_ii)
+
+    @property
+    def largest_i(self) -> Tensor:
+        """The greatest magnitudes."""
+        return torch.maximum(self.most_i, -self.least_i)
 
     @property
     def hessian_ii(self) -> Tensor:
@@ -63,6 +74,8 @@ def add_products(lower_ii: Tensor, inputs_ni: Tensor) -> None:
     """Adds X^T X to the lower triangle, by panels: little more than half of the whole product."""
     columns = inputs_ni.shape[1]
     width = -(-columns // PANELS)
+    if probes.quick_bf16():
+        inputs_ni = inputs_ni.bfloat16()
     for begin in range(0, columns, width):
         end = min(begin + width, columns)
-        lower_ii[begin:end, :end].addmm_(inputs_ni[:, begin:end].T, inputs_ni[:, :end])
+        lower_ii[begin:end, :end] += inputs_ni[:, begin:end].T @ inputs_ni[:, :end]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmscale.quantization.activations import InputGrid, input_grid
 from llmscale.quantization.gptq import gptq, shrunken, usable
 from llmscale.quantization.grids import Grid, find_grid
 from llmscale.quantization.inputs import InputStatistics
@@ -47,11 +48,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's codes [o, i] on its grid, and the scale of its inputs where that is fixed."""
+    """A layer's codes [o, i] on its grid, and the grid of its inputs where that is fixed."""
 
     codes_oi: Tensor
     grid: Grid
-    input_scale: Tensor | None = None
+    inputs: InputGrid | None = None
 
     @property
     def weight_oi(self) -> Tensor:
@@ -107,26 +108,23 @@ def quantize_layers(
             codes_oi, grid = refined(weight_oi, hessian_ii, grid, codes_oi, recipe.dtype)
     else:
         codes_oi = grid.codes(weight_oi)
-    input_scale = _input_scale(scheme, statistics, scales_i, recipe.dtype)
+    inputs = _fixed_grid(recipe, statistics, scales_i)
     layers, begin = {}, 0
     for name, own in weights.items():
         end = begin + len(own)
-        layers[name] = QuantizedLayer(codes_oi[begin:end], grid.rows(begin, end), input_scale)
+        layers[name] = QuantizedLayer(codes_oi[begin:end], grid.rows(begin, end), inputs)
         begin = end
     return QuantizedGroup(layers, scales_i)
 
 
-def _input_scale(
-    scheme: Scheme,
-    statistics: InputStatistics | None,
-    scales_i: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """The greatest input of the calibration over the greatest code; numbers of ``dtype``."""
-    if scheme.activations is None or scheme.activations.dynamic:
+def _fixed_grid(
+    recipe: Recipe, statistics: InputStatistics | None, scales_i: Tensor | None
+) -> InputGrid | None:
+    """That of all inputs of the calibration, divided by their scales; None where it is dynamic."""
+    form = recipe.scheme.activations
+    if form is None or form.dynamic:
         return None
     assert statistics is not None, "static scales come from a calibration"
-    largest_i = statistics.largest_i if scales_i is None else statistics.largest_i / scales_i
-    codes = 448.0 if scheme.activations.number == "float" else 127.5
-    scale = (largest_i.max() / codes).reshape(1).to(dtype).float()
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    ends = (statistics.least_i, statistics.most_i)
+    least_i, most_i = ends if scales_i is None else (end_i / scales_i for end_i in ends)
+    return input_grid(least_i.min().reshape(1), most_i.max().reshape(1), form, recipe.dtype)

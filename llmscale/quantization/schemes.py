@@ -42,12 +42,17 @@ class WeightFormat:
 class ActivationFormat:
     """How the inputs of a linear layer are rounded while it computes.
 
-    ``dynamic``: a scale a token, found as it runs; else one a layer, from the calibration.
+    ``dynamic``: a scale a token, found as it runs; else one a layer, from the calibration. Integers
+    have a zero point beside it.
     """
 
     dynamic: bool
-    bits: int = 8
     number: Literal["int", "float"] = "int"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero is in the middle of the range."""
+        return self.number == "float"
 
 
 CacheNumber = Literal["int8", "fp8"]
@@ -78,7 +83,7 @@ class Scheme:
     @property
     def calibrated(self) -> bool:
         """Whether texts are necessary."""
-        return bool(self.rounding == "gptq" or self.by_magnitudes or self.cache)
+        return bool(self.rounding == "gptq" or self.by_range or self.cache)
 
     @property
     def by_products(self) -> bool:
@@ -86,8 +91,8 @@ class Scheme:
         return self.rounding == "gptq" or self.scaling == "awq"
 
     @property
-    def by_magnitudes(self) -> bool:
-        """Whether a layer's greatest inputs are necessary."""
+    def by_range(self) -> bool:
+        """Whether a layer's least and greatest inputs are necessary."""
         static = self.activations is not None and not self.activations.dynamic
         return self.scaling is not None or static
 

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Generation, continuations
 from llmscale.evaluation.models import load_model
+from llmscale.parallel import probes
+from llmscale.quantization.activations import InputGrid
 from llmscale.quantization.block import layers_by_input, quantize_block
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
@@ -79,7 +81,8 @@ def test_the_package_reads_back_our_own_numbers(name: SchemeName, symmetric: boo
     recipe = Recipe(scheme, 32 if scheme.grouped else None, torch.bfloat16)
     weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(2)) + 0.1
     grid = find_grid(weight, scheme.weights, recipe.group_size, recipe.dtype)
-    layer = QuantizedLayer(grid.codes(weight), grid, torch.ones(1) if "static" in name else None)
+    inputs = InputGrid(torch.ones(1), torch.full((1,), 9.0)) if "static" in name else None
+    layer = QuantizedLayer(grid.codes(weight), grid, inputs)
 
     stored = stored_tensors(layer, recipe)
 
@@ -101,17 +104,18 @@ def test_transformers_holds_the_weights_that_calibration_went_on_with(
     hidden, told = blockwise.first_inputs(windows)
     with blockwise.loaded(0) as block:
         groups = layers_by_input(block, blockwise.names, hidden[0], told[0])
-        result = quantize_block(block, groups, recipe, hidden, told[0], blockwise.config)
+        before = hidden[0].clone()
+        quantize_block(block, groups, recipe, hidden, told[0], blockwise.config)
         ours = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-        with torch.no_grad():
-            again = block(hidden[0], **told[0])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=probes.quick_bf16()):
+            again = block(before, **told[0])
     assert groups == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
         ["mlp.gate_proj", "mlp.up_proj"],
         ["mlp.down_proj"],
     ]
-    assert torch.allclose(result.outputs[0], again, atol=1e-5)
+    assert torch.allclose(hidden[0], again, atol=1e-5)
 
     quantize(model, tmp_path / "out", Quantization(scheme="int4-gptq"), [LETTERS], tokens=1024)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -120,6 +124,18 @@ def test_transformers_holds_the_weights_that_calibration_went_on_with(
     theirs = loaded.model.layers[0].state_dict()
     for name in blockwise.names:
         assert torch.equal(theirs[f"{name}.weight"], ours[f"{name}.weight"]), name
+
+
+def test_a_calibration_in_bf16_stays_as_near_as_one_in_fp32(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, apart = logits(model), {}
+    for name, there in (("bf16", True), ("fp32", False)):
+        monkeypatch.setattr(probes, "quick_bf16", lambda there=there: there)
+        quantize(model, tmp_path / name, Quantization(scheme="int4-gptq"), [LETTERS], tokens=1024)
+        apart[name] = float((logits(tmp_path / name) - expected).norm())
+    assert apart["bf16"] != apart["fp32"]
+    assert apart["bf16"] == pytest.approx(apart["fp32"], rel=0.1)
 
 
 def test_scaling_leaves_the_models_outputs(model: Path, tmp_path: Path) -> None:

@@ -89,12 +89,15 @@ def test_the_error_is_below_that_of_rounding_to_nearest(seed: int, group_size: i
 
 def test_the_products_are_those_of_all_tokens() -> None:
     _, inputs = layer(2)
-    statistics = InputStatistics(160, with_products=True, with_magnitudes=True)
+    statistics = InputStatistics(160, with_products=True, with_range=True)
     for part in inputs.split(64):
         statistics.add(part[None])
 
     assert statistics.tokens == 400
-    assert torch.allclose(statistics.hessian_ii, inputs.T @ inputs, rtol=1e-4, atol=1e-3)
+    size = inputs.square().sum(0).sqrt()
+    wrong = statistics.hessian_ii - inputs.T @ inputs
+    assert (wrong.abs() <= size * size[:, None] * 2**-7).all()  # bf16, where the CPU computes in it
+    assert torch.equal(statistics.hessian_ii, statistics.hessian_ii.T)
     assert torch.equal(statistics.largest_i, inputs.abs().amax(0))
 
 

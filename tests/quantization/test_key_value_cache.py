@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmscale.errors import RecipeError
 from llmscale.evaluation.models import load_model
+from llmscale.parallel import probes
 from llmscale.quantization.calibration import calibration_windows
 from llmscale.quantization.quantize import quantize
 from llmscale.quantization.schemes import CacheNumber, Quantization, SchemeName
@@ -31,9 +32,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_scales_are_the_greatest_keys_and_values_of_the_calibration(
-    scheme: SchemeName, number: CacheNumber, greatest_code: float, model: Path, tmp_path: Path
+    scheme: SchemeName,
+    number: CacheNumber,
+    greatest_code: float,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against what the folder's own model, its weights quantized, puts into a plain cache."""
+    monkeypatch.setattr(probes, "quick_bf16", lambda: False)  # as the plain cache's model computes
     out = tmp_path / "out"
     settings = Quantization(scheme=scheme, key_value_cache=number)
     quantize(model, out, settings, [LETTERS], tokens=1024)

@@ -22,18 +22,23 @@ def test_scales_are_those_of_least_error_with_rounded_inputs(scheme: SchemeName)
     weight_oi = torch.randn(32, COLUMNS, generator=random)
     weight_oi[:, 5::20] /= 300
     recipe = Recipe(Quantization(scheme=scheme).composition(), None, torch.float32)
-    statistics = InputStatistics(COLUMNS, recipe.scheme.by_products, recipe.scheme.by_magnitudes)
+    statistics = InputStatistics(COLUMNS, recipe.scheme.by_products, recipe.scheme.by_range)
     for window_ni in inputs_ni.split(SAMPLES_A_WINDOW):
         statistics.add(window_ni)
     found = quantize_layers({"layer": weight_oi}, recipe, statistics, torch.arange(COLUMNS))
-    static_scale = found.layers["layer"].input_scale
+    fixed = found.layers["layer"].inputs
+
+    def rounded(scaled_ni: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In 8 bits from the least to the greatest, of a token or of all; the step and the zero."""
+        ends = [scaled_ni.amin(1, True), scaled_ni.amax(1, True)]
+        least, most = ends if fixed is None else (ends[0].min(), ends[1].max())
+        step = (most - least) / 255
+        zero = (-128 - least / step).round()
+        return ((scaled_ni / step).round() + zero).clamp(-128, 127).sub(zero) * step, step, zero
 
     def error(scales_i: Tensor) -> float:
         """Of the outputs, with inputs in 8 bits and weights as they are."""
-        scaled_ni = inputs_ni / scales_i
-        largest = scaled_ni.abs()
-        step = (largest.amax(1, True) if static_scale is None else largest.amax()) / 127.5
-        rounded_ni = (scaled_ni / step).round().clamp(-128, 127) * step
+        rounded_ni = rounded(inputs_ni / scales_i)[0]
         return float((rounded_ni @ (weight_oi * scales_i).T - inputs_ni @ weight_oi.T).norm())
 
     assert found.scales_i is not None
@@ -41,6 +46,8 @@ def test_scales_are_those_of_least_error_with_rounded_inputs(scheme: SchemeName)
     powers = [up / 10 for up in range(10)]
     least = min(error(inputs_i**up / weights_i ** (1 - up)) for up in powers)
     assert error(found.scales_i) <= 1.1 * least < 0.2 * error(torch.ones(COLUMNS))
-    if static_scale is not None:
-        expected = (inputs_ni / found.scales_i).abs().max() / 127.5
-        torch.testing.assert_close(static_scale, expected.reshape(1))
+    if fixed is not None:
+        _, step, zero = rounded(inputs_ni / found.scales_i)
+        assert fixed.zero is not None
+        torch.testing.assert_close(fixed.scale, step.reshape(1))
+        torch.testing.assert_close(fixed.zero, zero.reshape(1))
