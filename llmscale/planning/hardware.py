@@ -37,6 +37,8 @@ class Device:
         network_bandwidth: across domains, likewise.
         call_seconds: of starting an operation, where that is the device's own (a CPU's).
         message_seconds: of a message without its bytes, likewise.
+        blocking: the host waits for each kernel before it starts the next
+            (``CUDA_LAUNCH_BLOCKING=1``).
         sources: where the figures are from.
     """
 
@@ -53,6 +55,7 @@ class Device:
     network_bandwidth: float
     call_seconds: float | None = None
     message_seconds: float | None = None
+    blocking: bool = False
     sources: tuple[str, ...] = field(default=(), repr=False)
 
     def peak(self, number: Number) -> float:

@@ -41,9 +41,10 @@ class Machine:
 
     @property
     def call_seconds(self) -> float:
-        """Of starting a kernel and draining it."""
+        """Of starting a kernel and draining it, and of the host where it waits for each."""
         own = self.device.call_seconds
-        return self.constants.kernel_seconds if own is None else own
+        seconds = self.constants.kernel_seconds if own is None else own
+        return seconds + (self.constants.blocked_seconds if self.device.blocking else 0.0)
 
     def power(self) -> float:
         """What a part with a lower power limit keeps of its generation's clock."""

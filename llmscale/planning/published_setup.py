@@ -75,10 +75,13 @@ def _degrees(
 
 
 def _device(name: str, text: str) -> Device:
-    """With the network that the publication tells of."""
+    """With the network that the publication tells of.
+
+    BLOOM's nodes hung unless launches blocked (chronicles-prequel.md, "dealing with JZ hanging").
+    """
     device = find_device(name)
     if text.startswith("bigscience-workshop/"):
-        return replace(device, network_bandwidth=JEAN_ZAY_NETWORK)
+        return replace(device, network_bandwidth=JEAN_ZAY_NETWORK, blocking=True)
     told = re.search(r"(\d{2,5}) ?Gb(?:ps|/s|it/s) node", text)
     if told is None:
         return device

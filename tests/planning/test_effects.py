@@ -43,14 +43,18 @@ def test_a_small_global_batch_leaves_a_long_pipeline_empty() -> None:
 
 
 def test_twice_the_tensor_degree_costs_most_where_products_are_quick() -> None:
-    """Measured: 28 % fewer tokens a second for Llama 3 70B from tensor 4 to 8."""
-    eight_bits = llama_70b(number="fp8", sequence_length=4096)
-    changes = []
-    for setup in (eight_bits, llama_70b()):
+    """Measured: 28 % fewer tokens a second for Llama 3 70B from tensor 4 to 8.
+
+    In which precision is not known; NVIDIA's published runs of it on H100 are in FP8.
+    """
+
+    def change(setup: Setup) -> float:
         wider = replace(setup, tensor=8, data=4)
-        changes.append(step_time(setup, CONSTANTS).total / step_time(wider, CONSTANTS).total - 1)
-    assert changes[0] == pytest.approx(-0.28, rel=1 / 3)
-    assert -0.28 < changes[1] < -0.10
+        return step_time(setup, CONSTANTS).total / step_time(wider, CONSTANTS).total - 1
+
+    assert change(llama_70b(number="fp8")) == pytest.approx(-0.28, rel=1 / 3)
+    assert change(llama_70b(number="fp8", sequence_length=4096)) == pytest.approx(-0.28, rel=1 / 3)
+    assert -0.28 < change(llama_70b()) < -0.10
 
 
 def test_twice_the_stages_cost_a_longer_bubble() -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from llmscale.errors import RecipeError
 from llmscale.planning.constants import Constants
 from llmscale.planning.published import read_row, read_table
+from llmscale.planning.step_time import step_time
 from llmscale.planning.validate import (
     ADDED,
     Predicted,
@@ -56,8 +58,8 @@ def predicted() -> list[Predicted]:
 def test_step_time_is_predicted_within_the_promised_error(predicted: list[Predicted]) -> None:
     found = errors(predicted, "all")
     assert found.compared > 360
-    assert found.median is not None and found.median < 0.08
-    assert found.ninetieth is not None and found.ninetieth < 0.20
+    assert found.median is not None and found.median < 0.06
+    assert found.ninetieth is not None and found.ninetieth < 0.15
 
 
 def test_each_source_is_ranked_as_it_was_measured(predicted: list[Predicted]) -> None:
@@ -67,7 +69,7 @@ def test_each_source_is_ranked_as_it_was_measured(predicted: list[Predicted]) ->
         if each.rank_correlation is not None
     }
     one_cluster = next(source for source in ranked if "chronicles" in source)
-    assert ranked.pop(one_cluster) > 0.84  # near copies of one run, each timed in one iteration
+    assert ranked.pop(one_cluster) > 0.90  # near copies of one run, each timed in one iteration
     assert len(ranked) >= 6
     assert min(ranked.values()) > 0.95
 
@@ -77,6 +79,24 @@ def test_a_table_that_no_constant_was_fitted_to_is_predicted_too() -> None:
     assert found.compared == 12
     assert found.median is not None and found.median < 0.12
     assert found.rank_correlation is not None and found.rank_correlation > 0.95
+
+
+def test_a_run_whose_launches_block_takes_longer_where_kernels_are_many() -> None:
+    """BLOOM's hosts waited for each kernel: smaller micro-batches and wider tensors have more."""
+    cells = {**ROW, "hidden": "14336", "heads": "64", "vocab": "250880", "gpus": "384", "pp": "12"}
+    added = []
+    for tensor, micro in (("4", "4"), ("4", "2"), ("8", "2")):
+        one = {**cells, "tp": tensor, "micro_batch": micro, "global_batch": "2048"}
+        setups = [read_row({**one, "source": s}).setup for s in ("bigscience-workshop/x", "x")]
+        seconds = [
+            step_time(
+                replace(setup, device=replace(setup.device, network_bandwidth=6.25e9)), Constants()
+            )
+            for setup in setups
+            if setup is not None
+        ]
+        added.append(seconds[0].total / seconds[1].total - 1)
+    assert 0.01 < added[0] < added[1] < added[2] < 0.2
 
 
 def test_rows_without_a_models_shape_say_so(predicted: list[Predicted]) -> None:
