@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from llmscale.errors import RecipeError
 from llmscale.models.stored_weights import HuggingFaceWeights
 
+LOGITS_AT_ONCE = 2**23
+"""Numbers: 32 MiB, a few times."""
+
 
 @contextmanager
 def weights_on_meta() -> Iterator[None]:
@@ -166,22 +169,29 @@ class BlockwiseModel:
         """Gradients by the last block's outputs [1, s, d] of each window, in nats.
 
         They are those of the negative log-likelihood, summed over a window, of next tokens that
-        are drawn from what the model itself expects.
+        are drawn from what the model itself expects. Some positions at a time: a vocabulary's
+        logits of a whole window can be larger than the model.
         """
         random = torch.Generator().manual_seed(seed)
+        at_once = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         lasts = [output.detach().requires_grad_() for output in outputs]
-        waiting = iter(lasts)
+        last = lasts[0]
 
         def answer(number: int, inputs: Tensor, _: dict[str, Any]) -> Tensor:
-            return next(waiting) if number == len(self.blocks) - 1 else inputs
+            return last if number == len(self.blocks) - 1 else inputs
 
         gradients: list[Tensor] = []
         with self._blocks_replaced(answer):
             for window_s, last in zip(windows_ns, lasts, strict=True):
-                logits_sv = self.model(input_ids=window_s[None], use_cache=False).logits[0].float()
-                drawn_s = logits_sv.detach().softmax(-1).multinomial(1, generator=random)[:, 0]
-                loss = torch.nn.functional.cross_entropy(logits_sv, drawn_s, reduction="sum")
-                gradients += torch.autograd.grad(loss, last)
+                gradient = torch.zeros_like(last)
+                for places in torch.arange(len(window_s)).split(at_once):
+                    logits_sv = self.model(
+                        input_ids=window_s[None], use_cache=False, logits_to_keep=places
+                    ).logits[0]
+                    drawn_s = logits_sv.detach().softmax(-1).multinomial(1, generator=random)[:, 0]
+                    loss = torch.nn.functional.cross_entropy(logits_sv, drawn_s, reduction="sum")
+                    gradient += torch.autograd.grad(loss, last)[0]
+                gradients.append(gradient)
         return gradients
 
     @contextmanager

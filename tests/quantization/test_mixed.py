@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from llmscale.errors import RecipeError
+from llmscale.quantization import blocks
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.mixed import Choice, widened
 from llmscale.quantization.quantize import quantize
@@ -82,6 +83,19 @@ def test_the_divergence_is_that_of_each_tokens_own_gradient(model: Path, tmp_pat
         assert once == pytest.approx(expected[name], rel=1e-3), name
         assert twice == pytest.approx(4 * once, rel=1e-3)
     assert not list(tmp_path.iterdir())
+
+
+def test_gradients_of_some_positions_at_a_time_are_those_of_all(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(3))
+    blockwise = BlockwiseModel(model)
+    outputs = [torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(n)) for n in (4, 5)]
+    whole = blockwise.last_gradients(windows, outputs)
+    monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 5 * blockwise.config.vocab_size)
+    parts = blockwise.last_gradients(windows, outputs)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_divergence_of_the_last_layer_is_the_one_measured(model: Path, tmp_path: Path) -> None:
