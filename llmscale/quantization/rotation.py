@@ -21,6 +21,7 @@ ROTATED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose tensors have the names below, and whose norms divide by the root mean square."""
 
 EMBEDDINGS, LAST_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+ROWS_AT_ONCE = 4096
 READERS = {
     "self_attn.q_proj.weight": "input_layernorm.weight",
     "self_attn.k_proj.weight": "input_layernorm.weight",
@@ -69,14 +70,16 @@ class RotatedWeights:
             yield HEAD
 
     def __getitem__(self, name: str) -> Tensor:
-        source = EMBEDDINGS if name == HEAD and HEAD not in self._weights else name
-        return self._rotated(name, self._weights[source].double()).float()
+        if name == EMBEDDINGS:
+            return _turned_rows(self._weights[name], self._turn_dd)
+        if name == HEAD:
+            source = HEAD if HEAD in self._weights else EMBEDDINGS
+            return _turned_rows(
+                self._weights[source], self._norm(LAST_NORM)[:, None] * self._turn_dd
+            )
+        return self._rotated(name, self._weights[name].double()).float()
 
     def _rotated(self, name: str, tensor: Tensor) -> Tensor:
-        if name == EMBEDDINGS:
-            return tensor @ self._turn_dd
-        if name == HEAD:
-            return tensor * self._norm(LAST_NORM) @ self._turn_dd
         if name == LAST_NORM or name.endswith("_layernorm.weight"):
             return torch.ones_like(tensor)
         block, part = _parts(name)
@@ -97,6 +100,15 @@ class RotatedWeights:
         """Rows [h times heads, ...], each head's turned."""
         heads = tensor.reshape(-1, len(self._turn_hh), *tensor.shape[1:])
         return torch.einsum("hk,nh...->nk...", self._turn_hh, heads).reshape(tensor.shape)
+
+
+def _turned_rows(rows_vd: Tensor, turn_dd: Tensor) -> Tensor:
+    """Rows of a vocabulary, some at a time: in fp64 all of them would be a small model's size."""
+    turned_vd = torch.empty(rows_vd.shape)
+    parts = (tensor.split(ROWS_AT_ONCE) for tensor in (rows_vd, turned_vd))
+    for rows, turned in zip(*parts, strict=True):
+        turned.copy_(rows.double() @ turn_dd)
+    return turned_vd
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
