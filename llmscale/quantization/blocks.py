@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from llmscale.errors import RecipeError
 from llmscale.models.stored_weights import HuggingFaceWeights
+from llmscale.parallel.memory import give_back_freed_memory
 
-LOGITS_AT_ONCE = 2**23
-"""Numbers: 32 MiB, a few times."""
+LOGITS_AT_ONCE = 2**22
+"""Numbers: 16 MiB, several times."""
 
 
 @contextmanager
@@ -225,6 +226,8 @@ class BlockwiseModel:
             for block in self.blocks:
                 del block.forward
             _drop(self.model, tensors)
+            tensors.clear()
+            give_back_freed_memory()
 
     def _tensor(self, name: str) -> Tensor:
         try:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmscale.parallel.memory import give_back_freed_memory
 from llmscale.quantization.blocks import BlockwiseModel
 
 PASSES = 2
@@ -52,6 +53,7 @@ def divergences(
         save_file({"inputs": torch.cat(hidden)}, kept[number])
         with model.loaded(number) as block, torch.no_grad():
             hidden = [_first(block(one, **told[number])) for one in hidden]
+        give_back_freed_memory()
         on_pass(number + 1)
     gradients = model.last_gradients(some_ns, hidden)
     found: dict[str, tuple[float, float]] = {}
@@ -67,6 +69,7 @@ def divergences(
             for name, (one, other) in own.items()
         }
         kept[number].unlink()
+        give_back_freed_memory()
         on_pass(2 * count - number)
     return found
 
