@@ -51,6 +51,7 @@ def with_adapter(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     Raises:
         RecipeError: if the model lacks a linear layer that ``targets`` names.
     """
+    keep_four_bits_as_stored(model)
     adapted: nn.Module = peft.get_peft_model(model, _config(model, adapter))
     for name, parameter in adapted.named_parameters():
         if ".lora_A." in name:
@@ -166,6 +167,19 @@ def _merged(layer: Any, kind: str, whole: Tensor) -> Tensor:
     if kind == "bias":
         return whole if layer.is_feedforward else whole * scale.flatten()
     return (whole.T * scale).T if layer.fan_in_fan_out else whole * scale
+
+
+def keep_four_bits_as_stored(model: nn.Module) -> None:
+    """Has bitsandbytes compute with 4-bit weights alike in training, validation and merging.
+
+    On CPUs with instructions for bf16 it would pack them for inference at the first validation,
+    their scales rounded to bf16: into another layout than ``dequantize_4bit`` reads, and only
+    where blocks of scales divide the columns.
+    """
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _dequantized(parameter: nn.Parameter) -> Tensor:

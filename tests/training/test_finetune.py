@@ -34,7 +34,7 @@ from llmscale.quantization.schemes import INT4, INT8, QuantizationAware
 from llmscale.recipe.recipe import load_recipe
 from llmscale.stages.base import Workspace
 from llmscale.stages.finetune import Finetune
-from llmscale.training.adapters import with_adapter
+from llmscale.training.adapters import keep_four_bits_as_stored, with_adapter
 from llmscale.training.settings import Adapter
 from tests.models_on_disk import WORDS, small_llama
 from tests.ranks import cut_off_after, run_recipe
@@ -549,6 +549,7 @@ def test_an_adapter_learns_as_its_formula_does(name: str, home: Path, whole_run:
     for parameter, whole in merged.items():
         assert (written[parameter] - whole).abs().max() <= 1e-5, parameter
     below = AutoModelForCausalLM.from_pretrained(home / "base", **four_bits(quantized))
+    keep_four_bits_as_stored(below)
     loaded = peft.PeftModel.from_pretrained(below, folder / "adapter").eval()
     tokens = torch.arange(20)[None]
     together = AutoModelForCausalLM.from_pretrained(folder).eval()
