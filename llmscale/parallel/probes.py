@@ -62,8 +62,12 @@ def overlapped_gradient_reduction(device: str) -> bool:
 
 
 def quick_bf16() -> bool:
-    """Whether this CPU has instructions that multiply in bf16, twice as fast as in fp32."""
-    capabilities = torch.cpu.get_capabilities()
+    """Whether this CPU has instructions that multiply in bf16, twice as fast as in fp32.
+
+    Releases of torch that cannot tell count as a CPU without.
+    """
+    told = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities: dict[str, object] = told()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -97,14 +97,13 @@ def quantize_block(
                 statistics.add(_go_on(one))
             give_back_freed_memory()
             statistics.join()
+            if not statistics.finite:
+                raise _unusable(group[0])
             shares_i = shares(group[0], config, columns)
             try:
                 quantized = quantize_layers(weights, own, statistics, shares_i)
             except NotPositiveDefinite:
-                raise RecipeError(
-                    f"the inputs of {group[0]} are not finite or alike, so that GPTQ cannot use "
-                    "them; give other texts to calibrate"
-                ) from None
+                raise _unusable(group[0]) from None
             if quantized.scales_i is not None and shares_i is not None:
                 scales = _divide(before, changed, done, recipe, group[0], quantized, shares_i)
                 if BEFORE[group[0]] == VALUES:
@@ -135,6 +134,13 @@ def round_block(block: nn.Module, names: Sequence[str], recipe: Recipe) -> dict[
     for name in names:
         done |= quantize_layers({name: _weight(block, name)}, recipe).layers
     return _stored(block.state_dict(), done, recipe)
+
+
+def _unusable(layer: str) -> RecipeError:
+    return RecipeError(
+        f"the inputs of {layer} are not finite, or so alike that GPTQ cannot use them; give other "
+        "texts to calibrate"
+    )
 
 
 def _go_on(one: PausedPass) -> Any:

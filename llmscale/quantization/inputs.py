@@ -46,11 +46,17 @@ class InputStatistics:
     def join(self) -> None:
         """Takes in what the other ranks have; collective."""
         self.tokens = int(shares.added(torch.tensor(self.tokens)))
-        self.least_i = -shares.greatest(-self.least_i)
-        shares.greatest(self.most_i)
-        self._samples = shares.in_order(self._samples)
+        if self._with_range:
+            self.least_i = -shares.greatest(-self.least_i)
+            shares.greatest(self.most_i)
+            self._samples = shares.in_order(self._samples)
         if self._lower_ii is not None:
             shares.added(self._lower_ii)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the range that was seen is one of numbers."""
+        return bool(self.largest_i.isfinite().all())
 
     @property
     def largest_i(self) -> Tensor:

@@ -83,7 +83,7 @@ class Scheme:
     @property
     def calibrated(self) -> bool:
         """Whether texts are necessary."""
-        return bool(self.rounding == "gptq" or self.by_range or self.cache)
+        return bool(self.by_products or self.by_range or self.cache)
 
     @property
     def by_products(self) -> bool:
@@ -94,7 +94,7 @@ class Scheme:
     def by_range(self) -> bool:
         """Whether a layer's least and greatest inputs are necessary."""
         static = self.activations is not None and not self.activations.dynamic
-        return self.scaling is not None or static
+        return self.scaling == "smoothquant" or static
 
     @property
     def loaded_by(self) -> str:

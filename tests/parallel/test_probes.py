@@ -96,3 +96,16 @@ def test_core_attention_and_router_are_ours_beside_megatrons_own_layers() -> Non
     spec = layer_spec(mixtral, "cuda")
     assert spec.submodules.self_attention.submodules.core_attention is CoreAttention
     assert spec.submodules.mlp.submodules.router is BalancedRouter
+
+
+def test_a_cpu_multiplies_in_bf16_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told, expected in (
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": False}, True),
+        ({"avx512_bf16": False}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda told=told: told)
+        assert probes.quick_bf16() is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a release that cannot tell
+    assert probes.quick_bf16() is False

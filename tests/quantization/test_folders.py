@@ -104,18 +104,19 @@ def test_transformers_holds_the_weights_that_calibration_went_on_with(
     hidden, told = blockwise.first_inputs(windows)
     with blockwise.loaded(0) as block:
         groups = layers_by_input(block, blockwise.names, hidden[0], told[0])
-        before = hidden[0].clone()
+        before = [one.clone() for one in hidden]
         quantize_block(block, groups, recipe, hidden, told[0], blockwise.config)
         ours = {name: tensor.clone() for name, tensor in block.state_dict().items()}
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=probes.quick_bf16()):
-            again = block(before, **told[0])
+            again = [block(one, **told[0]) for one in before]
     assert groups == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
         ["mlp.gate_proj", "mlp.up_proj"],
         ["mlp.down_proj"],
     ]
-    assert torch.allclose(hidden[0], again, atol=1e-5)
+    for ours_1sd, again_1sd in zip(hidden, again, strict=True):
+        assert torch.allclose(ours_1sd, again_1sd, atol=1e-5)
 
     quantize(model, tmp_path / "out", Quantization(scheme="int4-gptq"), [LETTERS], tokens=1024)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -214,6 +215,19 @@ def test_weights_that_are_no_numbers_are_refused_by_name(model: Path, tmp_path: 
     save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RecipeError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds numbers"):
         quantize(spoilt, tmp_path / "out", Quantization(scheme="int8-weight"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["int4-gptq", "int8-static", "int8-smoothquant", "fp8-static"])
+def test_inputs_that_are_no_numbers_are_refused(
+    name: SchemeName, model: Path, tmp_path: Path
+) -> None:
+    spoilt = Path(shutil.copytree(model, tmp_path / "spoilt"))
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["model.layers.0.post_attention_layernorm.weight"][:] = 3e38
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"the inputs of mlp\.\w+ are not finite"):
+        quantize(spoilt, tmp_path / "out", Quantization(scheme=name), [LETTERS], tokens=1024)
     assert not (tmp_path / "out").exists()
 
 
