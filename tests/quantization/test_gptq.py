@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmscale.parallel import probes
 from llmscale.quantization.gptq import (
     NotPositiveDefinite,
     gptq,
@@ -87,7 +88,11 @@ def test_the_error_is_below_that_of_rounding_to_nearest(seed: int, group_size: i
     assert layer_error(corrected, hessian) < layer_error(rounded, hessian)
 
 
-def test_the_products_are_those_of_all_tokens() -> None:
+@pytest.mark.parametrize(("in_bf16", "apart"), [(False, 1e-5), (True, 2**-7)])
+def test_the_products_are_those_of_all_tokens(
+    in_bf16: bool, apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "quick_bf16", lambda: in_bf16)
     _, inputs = layer(2)
     statistics = InputStatistics(160, with_products=True, with_range=True)
     for part in inputs.split(64):
@@ -96,7 +101,7 @@ def test_the_products_are_those_of_all_tokens() -> None:
     assert statistics.tokens == 400
     size = inputs.square().sum(0).sqrt()
     wrong = statistics.hessian_ii - inputs.T @ inputs
-    assert (wrong.abs() <= size * size[:, None] * 2**-7).all()  # bf16, where the CPU computes in it
+    assert (wrong.abs() <= size * size[:, None] * apart).all()
     assert torch.equal(statistics.hessian_ii, statistics.hessian_ii.T)
     assert torch.equal(statistics.largest_i, inputs.abs().amax(0))
 
