@@ -38,7 +38,7 @@ from llmscale.evaluation.models import load_model
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
 from llmscale.quantization.compare import text_windows
-from llmscale.quantization.families import BEFORE, divided_outputs, shares
+from llmscale.quantization.families import BEFORE, by_output, divided_outputs, shares
 from llmscale.quantize_command import table
 
 PLAYS = Path(__file__).resolve().parents[1] / "recipes" / "texts" / "shakespeare"
@@ -113,7 +113,7 @@ def off_the_grid(source: Path, target: Path) -> None:
             assert shares_i is not None, "the model is a llama"
             logarithms = torch.rand(columns, generator=random) * 2 - 1
             factors_i = (logarithms * LARGEST_LOG_FACTOR).exp()[shares_i]
-            own |= divided_outputs(own, leader, factors_i, shares_i)
+            own |= divided_outputs(own, leader, by_output(factors_i, shares_i))
             for name in (leader, *TOGETHER.get(leader, ())):
                 own[f"{name}.weight"] = own[f"{name}.weight"] * factors_i
         tensors |= {f"{prefix}{name}": tensor.contiguous() for name, tensor in own.items()}

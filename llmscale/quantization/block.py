@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmscale.errors import RecipeError
 from llmscale.parallel import probes
 from llmscale.parallel.memory import give_back_freed_memory
-from llmscale.quantization.families import BEFORE, VALUES, divided_outputs, shares
+from llmscale.quantization.families import BEFORE, VALUES, by_output, divided_outputs, shares
 from llmscale.quantization.formats import stored_tensors
 from llmscale.quantization.gptq import NotPositiveDefinite
 from llmscale.quantization.inputs import InputStatistics
@@ -164,14 +164,14 @@ def _divide(
 ) -> Tensor:
     """Moves a group's scales to what comes before it, whose rows are divided by those returned."""
     assert quantized.scales_i is not None
-    source = BEFORE[leader]
-    changed |= divided_outputs(tensors, leader, quantized.scales_i, shares_i)
-    outputs = int(shares_i.max()) + 1
-    scales = torch.ones(outputs).index_copy_(0, shares_i, quantized.scales_i)
+    source, scales = BEFORE[leader], by_output(quantized.scales_i, shares_i)
+    divided = divided_outputs(tensors, leader, scales)
     if source in done:
         layer = done[source]
         scale_og = (layer.grid.scale_og / scales[:, None]).to(recipe.dtype).float()
         done[source] = replace(layer, grid=replace(layer.grid, scale_og=scale_og))
+        del divided[f"{source}.weight"]
+    changed |= divided
     return scales
 
 
@@ -184,6 +184,9 @@ def _stored(
         if name.removesuffix(".weight") not in done
     }
     for name, layer in done.items():
-        own = stored_tensors(layer, recipe.of(name))
-        kept |= {f"{name}.{part}": tensor for part, tensor in own.items()}
+        own = recipe.of(name)
+        if own.scheme.fixed_inputs and layer.inputs is None:
+            own = own.dynamic
+        parts = stored_tensors(layer, own)
+        kept |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return kept

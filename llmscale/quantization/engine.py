@@ -36,6 +36,7 @@ from llmscale.quantization.sensitivity import PASSES
 CALL = "call.json"
 WIDE = "wide.json"
 INPUTS = "inputs"
+FIXED = ".input_scale"
 LEFT_ALONE = (".safetensors", ".bin", ".pt", ".gguf")
 
 
@@ -45,11 +46,14 @@ def quantize_folder(
     recipe: Recipe,
     windows_ns: Tensor | None = None,
     on_block: Callable[[int, int], None] = lambda done, blocks: None,
-) -> None:
+) -> Recipe:
     """Writes ``target``, a folder with the model's weights quantized; goes on where it was.
 
     Collective where several ranks have met. Finished blocks wait beside the target, with what
     goes into the next one.
+
+    Returns:
+        The recipe with the names of the layers that have a format of their own.
 
     Raises:
         RecipeError: if the model cannot be quantized.
@@ -80,9 +84,7 @@ def quantize_folder(
             named = {f"{model.prefix}.{number}.{name}": t for name, t in tensors.items()}
             _save(named, beside / _shard(number))
         on_block(before + number + 1, before + blocks)
-    if shares.first():
-        _finish(model, beside, target, recipe)
-    shares.together()
+    return shares.by_first(lambda: _finish(model, beside, target, recipe))
 
 
 @dataclass
@@ -189,7 +191,7 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
     part.rename(file)
 
 
-def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -> None:
+def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -> Recipe:
     """Adds the rest of the model, and moves the folder into its place."""
     _save(
         {
@@ -204,6 +206,9 @@ def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -
         tensors = load_file(file)
         places |= dict.fromkeys(tensors, file.name)
         size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if recipe.scheme.fixed_inputs:
+        fixed = {name.removesuffix(FIXED) for name in places if name.endswith(FIXED)}
+        recipe = replace(recipe, by_token=frozenset(model.layers()) - fixed)
     write_json(beside / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     for file in model.folder.iterdir():
         if file.is_file() and file.suffix not in LEFT_ALONE and file.name != INDEX:
@@ -223,3 +228,4 @@ def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -
     for file in [*beside.glob(f"{INPUTS}-*"), *beside.glob("*.part"), beside / CALL, beside / WIDE]:
         file.unlink(missing_ok=True)
     publish_folder(beside, target)
+    return recipe

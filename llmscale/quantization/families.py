@@ -34,16 +34,20 @@ def shares(leader: str, config: Any, columns: int) -> Tensor | None:
     return places_i // size // repeats * size + places_i % size
 
 
+def by_output(scales_i: Tensor, shares_i: Tensor) -> Tensor:
+    """The scales of columns as those of the outputs of what comes before."""
+    return torch.ones(int(shares_i.max()) + 1).index_copy_(0, shares_i, scales_i)
+
+
 def divided_outputs(
-    tensors: Mapping[str, Tensor], leader: str, scales_i: Tensor, shares_i: Tensor
+    tensors: Mapping[str, Tensor], leader: str, scales: Tensor
 ) -> dict[str, Tensor]:
-    """The weights of what comes before, with its outputs divided by their scales.
+    """The weights of what comes before, with its outputs divided by a scale each.
 
     Args:
         tensors: the block's, by name.
     """
     before = BEFORE[leader]
-    scales = torch.ones(int(shares_i.max()) + 1).index_copy_(0, shares_i, scales_i)
     names = [name for name in (f"{before}.weight", f"{before}.bias") if name in tensors]
     return {
         name: tensors[name] / (scales[:, None] if tensors[name].ndim == 2 else scales)

@@ -15,7 +15,7 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from llmscale.quantization.layers import QuantizedLayer, Recipe
-from llmscale.quantization.schemes import CacheNumber
+from llmscale.quantization.schemes import CacheNumber, Scheme
 
 
 def stored_tensors(layer: QuantizedLayer, recipe: Recipe) -> dict[str, Tensor]:
@@ -46,14 +46,13 @@ def quantization_config(recipe: Recipe, layers: list[str], left_out: list[str]) 
         layers: the names of those that are quantized.
         left_out: the names of other linear layers.
     """
-    groups = {"group_0": scheme(recipe)}
-    if recipe.wide:
-        narrow = [name for name in layers if name not in recipe.wide]
-        wide = [name for name in layers if name in recipe.wide]
-        groups = {
-            f"group_{number}": scheme(recipe.of(names[0]), names)
-            for number, names in enumerate(names for names in (narrow, wide) if names)
-        }
+    alike: dict[Scheme, list[str]] = {}
+    for name in layers:
+        alike.setdefault(recipe.of(name).scheme, []).append(name)
+    groups = {
+        f"group_{number}": scheme(recipe.of(names[0]), names if len(alike) > 1 else ("Linear",))
+        for number, names in enumerate(alike.values())
+    }
     config = QuantizationConfig(
         config_groups=groups,
         format=_format(recipe).value,

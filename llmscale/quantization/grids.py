@@ -3,7 +3,7 @@
 Shape legend: o outputs (rows), i inputs (columns), g groups of columns in a row, w columns in one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,10 +126,15 @@ class _Search:
         self._error_go = torch.full_like(weight_gow[..., 0], torch.inf)
         self._scale_go = torch.ones_like(self._error_go)
         self._zero_go = torch.zeros_like(self._error_go)
+        if form.symmetric:
+            self._whole_ranges_go = self._symmetric_ranges()
+        else:
+            whole_go, self._zero_go = self._range_and_zero()
+            self._whole_ranges_go = [whole_go]
 
     def best(self, parts: Sequence[float], nudges: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Scales and zeros [o, g], of parts of the range, then of what lies around the best."""
-        for whole_go in self._whole_ranges():
+        for whole_go in self._whole_ranges_go:
             for part in parts:
                 self._try(whole_go * part)
         found_go = self._scale_go
@@ -137,23 +142,23 @@ class _Search:
             self._try(found_go * nudge)
         return self._scale_go.T, self._zero_go.T
 
-    def _whole_ranges(self) -> Iterator[Tensor]:
-        """Scales by which codes reach as far as the weights; sets the zeros."""
-        form = self._form
-        least_go, most_go = self._weight_gow.aminmax(dim=-1)
-        levels = highest_code(form) - lowest_code(form)
-        if not form.symmetric:
-            least_go, most_go = least_go.clamp(max=0), most_go.clamp(min=0)
-            whole_go = (most_go - least_go) / levels
-            self._zero_go = lowest_code(form) - least_go / stored_scale(whole_go, torch.float32)
-            self._zero_go.round_()
-            yield whole_go
-            return
+    def _symmetric_ranges(self) -> list[Tensor]:
+        """Scales by which codes reach as far as the weights, of either sign where there are two."""
+        form, (least_go, most_go) = self._form, self._weight_gow.aminmax(dim=-1)
         farthest_go = torch.maximum(most_go, -least_go)
-        yield farthest_go / (levels / 2)
+        ranges = [farthest_go / ((highest_code(form) - lowest_code(form)) / 2)]
         if form.granularity == "group":
             sign_go = torch.where(most_go > -least_go, -1.0, 1.0)
-            yield sign_go * farthest_go / -lowest_code(form)
+            ranges.append(sign_go * farthest_go / -lowest_code(form))
+        return ranges
+
+    def _range_and_zero(self) -> tuple[Tensor, Tensor]:
+        """The scale by which codes reach from the least weight to the greatest, and its zero."""
+        form, (least_go, most_go) = self._form, self._weight_gow.aminmax(dim=-1)
+        least_go, most_go = least_go.clamp(max=0), most_go.clamp(min=0)
+        whole_go = (most_go - least_go) / (highest_code(form) - lowest_code(form))
+        zero_go = lowest_code(form) - least_go / stored_scale(whole_go, torch.float32)
+        return whole_go, zero_go.round_()
 
     def _try(self, scale_go: Tensor) -> None:
         """Keeps a scale where its error is the least so far."""

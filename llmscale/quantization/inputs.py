@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from llmscale.parallel import probes, shares
+from llmscale.quantization.activations import InputGrid, input_grid, token_grid
+from llmscale.quantization.schemes import ActivationFormat
 
 PANELS = 4
 SAMPLES_A_WINDOW = 16
@@ -74,6 +76,24 @@ class InputStatistics:
     def samples_ni(self) -> Tensor:
         """Some tokens, evenly spread."""
         return torch.cat(self._samples)
+
+    def fixed_grid(
+        self, form: ActivationFormat, dtype: torch.dtype, scales_i: Tensor | None = None
+    ) -> InputGrid:
+        """That of all inputs of the calibration, divided by scales."""
+        least_i, most_i = self.least_i, self.most_i
+        if scales_i is not None:
+            least_i, most_i = least_i / scales_i, most_i / scales_i
+        return input_grid(least_i.min().reshape(1), most_i.max().reshape(1), form, dtype)
+
+    def rounded_samples(
+        self, form: ActivationFormat, dtype: torch.dtype, scales_i: Tensor | None = None
+    ) -> Tensor:
+        """The samples [n, i], divided by scales, as a format rounds them."""
+        inputs_ni = self.samples_ni if scales_i is None else self.samples_ni / scales_i
+        if form.dynamic:
+            return token_grid(inputs_ni, form).rounded(inputs_ni)
+        return self.fixed_grid(form, dtype, scales_i).rounded(inputs_ni)
 
 
 def add_products(lower_ii: Tensor, inputs_ni: Tensor) -> None:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from llmscale.parallel import shares
 from llmscale.quantization.families import SCALED_FAMILIES
+from llmscale.quantization.grids import E4M3_MOST, stored_scale
 from llmscale.quantization.schemes import CacheNumber
 
 CACHED_FAMILIES = SCALED_FAMILIES
 """Families whose attention is called as below, and asks its cache to take in keys and values."""
 
 ATTENTION = "self_attn"
-GREATEST_CODES = {"int8": 127.5, "fp8": 448.0}
+GREATEST_CODES = {"int8": 127.5, "fp8": E4M3_MOST}
 
 
 class SeenCache:
@@ -37,8 +38,7 @@ class SeenCache:
         found = {}
         for name, largest_c in (("k_scale", self.keys_c), ("v_scale", self.values_c)):
             scale = (shares.greatest(largest_c.max()) / GREATEST_CODES[number]).reshape(1)
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            found[f"{ATTENTION}.{name}"] = scale.to(dtype)
+            found[f"{ATTENTION}.{name}"] = stored_scale(scale, dtype).to(dtype)
         return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmscale.quantization.activations import InputGrid, input_grid
+from llmscale.quantization.activations import InputGrid
 from llmscale.quantization.gptq import gptq, shrunken, usable
 from llmscale.quantization.grids import Grid, find_grid
 from llmscale.quantization.inputs import InputStatistics
@@ -17,13 +17,16 @@ from llmscale.quantization.refine import refined
 from llmscale.quantization.scaling import find_scales
 from llmscale.quantization.schemes import Scheme
 
+LARGEST_NOISE = 1e-3
+"""What rounding a layer's inputs may add to its outputs, of their mean square: 30 dB."""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How layers are quantized: the scheme, and what it leaves open.
 
     ``bits`` is what a weight takes on average where layers differ, ``wide`` the names of those in
-    the scheme's wider format.
+    the scheme's wider format. ``by_token`` names those whose inputs one scale does not serve.
     """
 
     scheme: Scheme
@@ -31,14 +34,25 @@ class Recipe:
     dtype: torch.dtype
     bits: float | None = None
     wide: frozenset[str] = frozenset()
+    by_token: frozenset[str] = frozenset()
 
     def of(self, name: str) -> "Recipe":
         """That of one layer."""
+        if name in self.by_token:
+            return self.dynamic
         if name not in self.wide:
             return self
         assert self.scheme.wider is not None
         scheme = replace(self.scheme, weights=self.scheme.wider)
         return replace(self, scheme=scheme, group_size=None, wide=frozenset())
+
+    @property
+    def dynamic(self) -> "Recipe":
+        """The same with a scale a token for inputs."""
+        assert self.scheme.activations is not None
+        activations = replace(self.scheme.activations, dynamic=True)
+        scheme = replace(self.scheme, activations=activations)
+        return replace(self, scheme=scheme, by_token=frozenset())
 
     def within(self, prefix: str) -> "Recipe":
         """The same for layers by their names behind a prefix."""
@@ -99,6 +113,12 @@ def quantize_layers(
         weight_oi = weight_oi * scales_i
         if hessian_ii is not None:
             hessian_ii = hessian_ii / scales_i / scales_i[:, None]
+    inputs = None
+    if scheme.activations is not None and scheme.fixed_inputs:
+        assert statistics is not None, "static scales come from a calibration"
+        if _noise(weight_oi, recipe, statistics, scales_i) > LARGEST_NOISE:
+            return quantize_layers(weights, recipe.dynamic, statistics, shares_i)
+        inputs = statistics.fixed_grid(scheme.activations, recipe.dtype, scales_i)
     importance_i = None if hessian_ii is None else hessian_ii.diagonal()
     grid = find_grid(weight_oi, scheme.weights, recipe.group_size, recipe.dtype, importance_i)
     if scheme.rounding == "gptq":
@@ -108,7 +128,6 @@ def quantize_layers(
             codes_oi, grid = refined(weight_oi, hessian_ii, grid, codes_oi, recipe.dtype)
     else:
         codes_oi = grid.codes(weight_oi)
-    inputs = _fixed_grid(recipe, statistics, scales_i)
     layers, begin = {}, 0
     for name, own in weights.items():
         end = begin + len(own)
@@ -117,14 +136,23 @@ def quantize_layers(
     return QuantizedGroup(layers, scales_i)
 
 
-def _fixed_grid(
-    recipe: Recipe, statistics: InputStatistics | None, scales_i: Tensor | None
-) -> InputGrid | None:
-    """That of all inputs of the calibration, divided by their scales; None where it is dynamic."""
+def _noise(
+    weight_oi: Tensor, recipe: Recipe, statistics: InputStatistics, scales_i: Tensor | None
+) -> float:
+    """What rounding the inputs by one scale adds to outputs, of their mean square.
+
+    That of floats is 0: the error of a float does not depend on the scale.
+
+    Args:
+        weight_oi: multiplied by the scales that inputs are divided by.
+    """
     form = recipe.scheme.activations
-    if form is None or form.dynamic:
-        return None
-    assert statistics is not None, "static scales come from a calibration"
-    ends = (statistics.least_i, statistics.most_i)
-    least_i, most_i = ends if scales_i is None else (end_i / scales_i for end_i in ends)
-    return input_grid(least_i.min().reshape(1), most_i.max().reshape(1), form, recipe.dtype)
+    assert form is not None
+    if form.number == "float":
+        return 0.0
+    samples_ni = statistics.samples_ni
+    if scales_i is not None:
+        samples_ni = samples_ni / scales_i
+    wrong_ni = statistics.rounded_samples(form, recipe.dtype, scales_i) - samples_ni
+    added, wanted = ((one_ni @ weight_oi.T).square().sum() for one_ni in (wrong_ni, samples_ni))
+    return float(added / wanted.clamp(min=torch.finfo().tiny))

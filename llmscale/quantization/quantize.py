@@ -68,7 +68,7 @@ def quantize(
         return _figures(settings, model, target, begun, {})
     # These import the packages that were just asked for.
     from llmscale.quantization.engine import quantize_folder
-    from llmscale.quantization.layers import Recipe
+    from llmscale.quantization.layers import LARGEST_NOISE, Recipe
     from llmscale.quantization.mixed import require_budget
 
     model.require_linear_layers()
@@ -106,7 +106,13 @@ def quantize(
             listener.say(f"{where}: holds {windows.numel():,} tokens of the {tokens:,} wanted")
     if why:
         listener.say(why)
-    quantize_folder(model, target, recipe, windows, listener.on_block)
+    by_token = quantize_folder(model, target, recipe, windows, listener.on_block).by_token
+    if by_token:
+        more["layers_by_token"] = len(by_token)
+        listener.say(
+            f"{settings.scheme}: {len(by_token)} of {len(model.layers())} layers have a scale a "
+            f"token for their inputs: one a layer adds more than {LARGEST_NOISE:g} to their outputs"
+        )
     return _figures(settings, model, target, begun, more)
 
 

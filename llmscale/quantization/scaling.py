@@ -5,12 +5,13 @@ with large inputs more exact, SmoothQuant (Xiao et al. 2022, equation 4) takes o
 inputs. Shape legend: o outputs (rows), i inputs (columns), n tokens.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmscale.quantization.activations import input_grid, token_grid
 from llmscale.quantization.gptq import layer_error
 from llmscale.quantization.grids import find_grid
 from llmscale.quantization.inputs import InputStatistics
@@ -48,17 +49,16 @@ def find_scales(
     if hessian_ii is not None:
         inputs_i, weights_i = hessian_ii.diagonal().sqrt(), weight_oi.square().mean(0).sqrt()
         exponents = [*((up, 0.0) for up in EXPONENTS), *((up, 1 - up) for up in EXPONENTS)]
+        error_of: Callable[[Tensor], float] = partial(_weight_error, some_oi, recipe, hessian_ii)
     else:
         inputs_i, weights_i = statistics.largest_i, weight_oi.abs().amax(0)
-        exponents = [(up, 1 - up) for up in SMOOTHING_EXPONENTS]
+        exponents = [(0.0, 0.0), *((up, 1 - up) for up in SMOOTHING_EXPONENTS)]
+        error_of = _rounding_error(some_oi, recipe, statistics)
     for up, down in exponents:
         scales_i = inputs_i.clamp(min=1e-5) ** up / weights_i.clamp(min=1e-5) ** down
         scales_i = _shared(scales_i, shares_i)
         scales_i = scales_i / (scales_i.max() * scales_i.min()).sqrt()
-        if hessian_ii is not None:
-            error = _weight_error(some_oi, scales_i, recipe, hessian_ii)
-        else:
-            error = _rounded_error(some_oi, scales_i, recipe, statistics)
+        error = error_of(scales_i)
         if error < least:
             best, least = scales_i, error
     return best
@@ -72,29 +72,27 @@ def _shared(scales_i: Tensor, shares_i: Tensor) -> Tensor:
     return (sums / counts).exp()[shares_i]
 
 
-def _weight_error(weight_oi: Tensor, scales_i: Tensor, recipe: "Recipe", hessian: Tensor) -> float:
+def _weight_error(weight_oi: Tensor, recipe: "Recipe", hessian: Tensor, scales_i: Tensor) -> float:
     scaled_oi = weight_oi * scales_i
     importance_i = hessian.diagonal() / scales_i.square()
     difference_oi = _nearest(scaled_oi, recipe, importance_i) / scales_i - weight_oi
     return layer_error(difference_oi, hessian)
 
 
-def _rounded_error(
-    weight_oi: Tensor, scales_i: Tensor, recipe: "Recipe", statistics: InputStatistics
-) -> float:
-    inputs_ni = statistics.samples_ni
+def _rounding_error(
+    weight_oi: Tensor, recipe: "Recipe", statistics: InputStatistics
+) -> Callable[[Tensor], float]:
+    """Gives the squared error of outputs by scales, with inputs and weights rounded."""
     form = recipe.scheme.activations
     assert form is not None
-    scaled_ni = inputs_ni / scales_i
-    least_i, most_i = statistics.least_i / scales_i, statistics.most_i / scales_i
-    grid = (
-        token_grid(scaled_ni, form)
-        if form.dynamic
-        else input_grid(least_i.min(), most_i.max(), form, recipe.dtype)
-    )
-    rounded_ni = grid.rounded(scaled_ni)
-    got_no = rounded_ni @ _nearest(weight_oi * scales_i, recipe).T
-    return float((got_no - inputs_ni @ weight_oi.T).square().sum())
+    wanted_no = statistics.samples_ni @ weight_oi.T
+
+    def error(scales_i: Tensor) -> float:
+        rounded_ni = statistics.rounded_samples(form, recipe.dtype, scales_i)
+        got_no = rounded_ni @ _nearest(weight_oi * scales_i, recipe).T
+        return float((got_no - wanted_no).square().sum())
+
+    return error
 
 
 def _nearest(weight_oi: Tensor, recipe: "Recipe", importance_i: Tensor | None = None) -> Tensor:

@@ -93,8 +93,12 @@ class Scheme:
     @property
     def by_range(self) -> bool:
         """Whether a layer's least and greatest inputs are necessary."""
-        static = self.activations is not None and not self.activations.dynamic
-        return self.scaling == "smoothquant" or static
+        return self.scaling == "smoothquant" or self.fixed_inputs
+
+    @property
+    def fixed_inputs(self) -> bool:
+        """Whether a layer's inputs have a scale from the calibration."""
+        return self.activations is not None and not self.activations.dynamic
 
     @property
     def loaded_by(self) -> str:

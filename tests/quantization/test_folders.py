@@ -13,16 +13,17 @@ from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Generation, continuations
 from llmscale.evaluation.models import load_model
 from llmscale.parallel import probes
+from llmscale.quantization import layers
 from llmscale.quantization.activations import InputGrid
 from llmscale.quantization.block import layers_by_input, quantize_block
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
-from llmscale.quantization.families import divided_outputs, shares
+from llmscale.quantization.families import by_output, divided_outputs, shares
 from llmscale.quantization.formats import scheme as package_scheme
 from llmscale.quantization.formats import stored_tensors
 from llmscale.quantization.grids import find_grid
 from llmscale.quantization.layers import QuantizedLayer, Recipe
-from llmscale.quantization.quantize import quantize
+from llmscale.quantization.quantize import Listener, quantize
 from llmscale.quantization.schemes import SCHEMES, Quantization, SchemeName
 from tests.quantization.small import TEXT, small_llama
 
@@ -158,7 +159,7 @@ def test_scaling_leaves_the_models_outputs(model: Path, tmp_path: Path) -> None:
             assert shares_i is not None
             scales = torch.rand(columns, generator=random) + 0.3
             scales = scales[: int(shares_i.max()) + 1][shares_i]
-            own |= divided_outputs(own, group[0], scales, shares_i)
+            own |= divided_outputs(own, group[0], by_output(scales, shares_i))
             for name in group:
                 own[f"{name}.weight"] = own[f"{name}.weight"] * scales
         tensors |= {f"{prefix}{name}": tensor.contiguous() for name, tensor in own.items()}
@@ -192,6 +193,36 @@ def test_static_scales_are_the_greatest_inputs_of_the_calibration(
         scale = stored[f"model.layers.0.{name}.input_scale"]
         assert scale.dtype == torch.bfloat16
         assert torch.equal(scale, torch.tensor([largest / 448]).bfloat16())
+
+
+def test_layers_whose_inputs_need_a_scale_a_token_are_stored_as_such(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "LARGEST_NOISE", 1e-4)
+    out, said = tmp_path / "out", []
+    settings, listener = Quantization(scheme="int8-static"), Listener(say=said.append)
+
+    figures = quantize(model, out, settings, [LETTERS], tokens=1024, listener=listener)
+
+    stored = {n for file in out.glob("block-*.safetensors") for n in load_file(file)}
+    by_token = {
+        name for name in BlockwiseModel(model).layers() if f"{name}.input_scale" not in stored
+    }
+    assert 0 < len(by_token) < 14
+    assert figures["layers_by_token"] == len(by_token)
+    assert said == [
+        f"int8-static: {len(by_token)} of 14 layers have a scale a token for their inputs: one a "
+        "layer adds more than 0.0001 to their outputs"
+    ]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for name in BlockwiseModel(model).layers():
+        inputs = loaded.get_submodule(name).quantization_scheme.input_activations
+        assert (inputs.dynamic, inputs.strategy) == (
+            name in by_token,
+            "token" if name in by_token else "tensor",
+        )
+    expected = logits(model)
+    assert (logits(out) - expected).norm() / expected.norm() < 0.15
 
 
 def test_tied_embeddings_stay_tied_and_others_stay_apart(tmp_path: Path) -> None:

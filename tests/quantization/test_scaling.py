@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmscale.quantization.inputs import SAMPLES_A_WINDOW, InputStatistics
-from llmscale.quantization.layers import Recipe, quantize_layers
+from llmscale.quantization.layers import LARGEST_NOISE, Recipe, quantize_layers
 from llmscale.quantization.schemes import Quantization, SchemeName
 
 COLUMNS = 64
@@ -51,3 +51,23 @@ def test_scales_are_those_of_least_error_with_rounded_inputs(scheme: SchemeName)
         assert fixed.zero is not None
         torch.testing.assert_close(fixed.scale, step.reshape(1))
         torch.testing.assert_close(fixed.zero, zero.reshape(1))
+
+
+@pytest.mark.parametrize("outlier", [1, 5, 12, 14, 16, 18, 20, 60])
+def test_inputs_that_one_scale_does_not_serve_have_one_a_token(outlier: float) -> None:
+    random = torch.Generator().manual_seed(3)
+    inputs_ni = torch.randn(64, COLUMNS, generator=random)
+    inputs_ni[7, 9], inputs_ni[8, 3] = outlier, -outlier
+    weight_oi = torch.randn(32, COLUMNS, generator=random)
+    step = (inputs_ni.max() - inputs_ni.min()) / 255
+    zero = (-128 - inputs_ni.min() / step).round()
+    rounded_ni = ((inputs_ni / step + zero).round().clamp(-128, 127) - zero) * step
+    wrong_no, wanted_no = (rounded_ni - inputs_ni) @ weight_oi.T, inputs_ni @ weight_oi.T
+    noise = float(wrong_no.square().sum() / wanted_no.square().sum())
+
+    recipe = Recipe(Quantization(scheme="int8-static").composition(), None, torch.float32)
+    statistics = InputStatistics(COLUMNS, with_products=True, with_range=True)
+    for window_ni in inputs_ni.split(SAMPLES_A_WINDOW):
+        statistics.add(window_ni)
+    found = quantize_layers({"layer": weight_oi}, recipe, statistics).layers["layer"]
+    assert (found.inputs is None) is (noise > LARGEST_NOISE)
