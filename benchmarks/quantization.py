@@ -44,10 +44,12 @@ from llmscale.quantize_command import table
 PLAYS = Path(__file__).resolve().parents[1] / "recipes" / "texts" / "shakespeare"
 MEASURED_ON = ("hamlet", "macbeth", "tempest")
 SCHEMES = (
-    "int8-weight,int8-dynamic,int8-smoothquant,int8-static,fp8,int4-weight,int4-gptq,int4-awq,"
-    "int4-awq-gptq,int4-rotated-gptq,mixed"
+    "int8-weight,int8-dynamic,int8-smoothquant,int8-static,fp8,int4-weight,int4-gptq,"
+    "int4-gptq@gptq,int4-awq,int4-awq-gptq,int4-rotated-gptq,mixed"
 )
 OURS = ("llmscale", "unquantized")
+GPTQ_PACKAGES = Path(sys.prefix) / "gptq"
+"""What ``make install`` puts there, to load GPTQ's own layout with."""
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait for each other sleep: beside other work, spinning takes ten times as long."""
 WINDOW = 1024
@@ -145,6 +147,8 @@ def row_of(
     """
     own = tool in OURS
     environment = {} if own else {"PYTHONPATH": "", **PEERS[tool].environment}
+    if scheme.endswith("@gptq"):
+        environment = {"PYTHONPATH": str(GPTQ_PACKAGES)}
     script = Path(__file__).resolve().with_name("quantization_tools.py")
     with (beside / f"{tool}-{scheme}.log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(

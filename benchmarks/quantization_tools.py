@@ -50,20 +50,34 @@ def unquantized(scheme: str, folder: str, _: Given, __: str) -> Load:
 
 
 def llmscale(scheme: str, folder: str, given: Given, scratch: str) -> Load:
-    """Ours."""
+    """Ours; the layout, where it is not compressed-tensors', comes behind an @."""
     from llmscale.quantization.quantize import Listener, quantize
     from llmscale.quantization.schemes import Quantization
 
+    name, _, layout = scheme.partition("@")
     target = Path(scratch) / "quantized"
     quantize(
         Path(folder),
         target,
-        Quantization(scheme=scheme),  # type: ignore[arg-type]
+        Quantization.model_validate({"scheme": name, "layout": layout or "compressed-tensors"}),
         (Path(text).read_text(encoding="utf-8") for text in given["texts"]),
         tokens=given["tokens"],
         listener=Listener(say=lambda line: print(line, file=sys.stderr)),
     )
-    return lambda dtype: loaded(str(target), dtype)
+
+    def load(dtype: torch.dtype) -> Any:
+        if layout and dtype == torch.float32:
+            return with_weights(loaded(str(target), torch.bfloat16, **in_plain_torch()))
+        return loaded(str(target), dtype)
+
+    return load
+
+
+def in_plain_torch() -> dict[str, Any]:
+    """The kind of GPTQModel's layers that tells what they stand for."""
+    from transformers import GPTQConfig
+
+    return {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")}
 
 
 def bitsandbytes(scheme: str, folder: str, _: Given, __: str) -> Load:
@@ -192,7 +206,7 @@ def with_weights(model: Any) -> Any:
             plain = torch.nn.Linear(*weight_io.shape, bias=False)
             plain.weight.data = weight_io.T.contiguous()
             model.set_submodule(name, plain)
-    return model.float()
+    return torch.nn.Module.float(model)  # Transformers refuses it of models that were quantized.
 
 
 def rows_of(windows: Windows) -> list[dict[str, list[int]]]:

@@ -159,6 +159,9 @@ def quantize(
     key_value_cache: Annotated[
         str | None, typer.Option(help="Scales for a cache in int8, fp8.")
     ] = None,
+    layout: Annotated[
+        str, typer.Option(help="Of 4-bit weights: compressed-tensors, gptq.")
+    ] = "compressed-tensors",
     compare: Annotated[
         str | None, typer.Option(help="Schemes to compare, separated by commas.")
     ] = None,
@@ -188,13 +191,14 @@ def quantize(
         "observer": observer,
         "bits": bits,
         "key_value_cache": key_value_cache,
+        "layout": layout,
     }
     figures = command.quantize_model(model, scheme, out, calibration or [], tokens, options)
     tell(
         as_json,
         figures,
         f"wrote {out}, {figures['megabytes']:,} MB, {figures['bits_per_weight']} bits a weight, "
-        f"in {figures['quantize_seconds']:,.0f} s",
+        f"in {figures['quantize_seconds']:,.0f} s; loaded by {figures['loaded_by']}",
     )
 
 

@@ -7,10 +7,12 @@ from llmscale.artifacts import read_json
 from llmscale.packages import require_package
 
 PACKAGES = {
-    "compressed-tensors": ("compressed_tensors",),
-    "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "compressed-tensors": ("quantization", ["compressed_tensors"]),
+    "bitsandbytes": ("quantization", ["bitsandbytes", "accelerate"]),
+    "gptq": ("gptq", ["optimum", "gptqmodel"]),
 }
-"""By the method that a ``config.json`` names: what transformers loads its weights with."""
+"""By the method that a ``config.json`` names: what transformers loads its weights with, and the
+extra that brings it."""
 
 
 def require_packages_of(folder: Path) -> None:
@@ -22,5 +24,6 @@ def require_packages_of(folder: Path) -> None:
     """
     config: Any = read_json(folder / "config.json") or {}
     method = (config.get("quantization_config") or {}).get("quant_method")
-    for package in PACKAGES.get(str(method), ()):
-        require_package(str(folder), package, "quantization")
+    extra, packages = PACKAGES.get(str(method), ("", []))
+    for package in packages:
+        require_package(str(folder), package, extra)

@@ -1,4 +1,7 @@
-"""The compressed-tensors format, by the package that owns it: a layer's tensors, and the words."""
+"""How folders hold quantized layers: tensors, and the words of ``config.json``.
+
+compressed-tensors by the package that owns it; GPTQ's own layout is in ``gptq_layout.py``.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +17,7 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor
 
+from llmscale.quantization.gptq_layout import gptq_config, gptq_tensors
 from llmscale.quantization.layers import QuantizedLayer, Recipe
 from llmscale.quantization.schemes import CacheNumber, Scheme
 
@@ -21,6 +25,8 @@ from llmscale.quantization.schemes import CacheNumber, Scheme
 def stored_tensors(layer: QuantizedLayer, recipe: Recipe) -> dict[str, Tensor]:
     """A layer's tensors, by the names they have beside its bias."""
     grid = layer.grid
+    if recipe.layout == "gptq":
+        return gptq_tensors(layer.codes_oi, grid, recipe.dtype)
     own = {"weight": layer.weight_oi, "weight_scale": grid.scale_og}
     if grid.zero_og is not None:
         own["weight_zero_point"] = grid.zero_og.to(torch.int8)
@@ -46,6 +52,8 @@ def quantization_config(recipe: Recipe, layers: list[str], left_out: list[str]) 
         layers: the names of those that are quantized.
         left_out: the names of other linear layers.
     """
+    if recipe.layout == "gptq":
+        return gptq_config(recipe.group_size)
     alike: dict[Scheme, list[str]] = {}
     for name in layers:
         alike.setdefault(recipe.of(name).scheme, []).append(name)

@@ -15,7 +15,7 @@ from llmscale.quantization.grids import Grid, find_grid
 from llmscale.quantization.inputs import InputStatistics
 from llmscale.quantization.refine import refined
 from llmscale.quantization.scaling import find_scales
-from llmscale.quantization.schemes import Scheme
+from llmscale.quantization.schemes import Layout, Scheme
 
 LARGEST_NOISE = 1e-3
 """What rounding a layer's inputs may add to its outputs, of their mean square: 30 dB."""
@@ -35,6 +35,7 @@ class Recipe:
     bits: float | None = None
     wide: frozenset[str] = frozenset()
     by_token: frozenset[str] = frozenset()
+    layout: Layout = "compressed-tensors"
 
     def of(self, name: str) -> "Recipe":
         """That of one layer."""

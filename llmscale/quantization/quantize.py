@@ -15,6 +15,7 @@ from llmscale.packages import require_package
 from llmscale.parallel import shares
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
+from llmscale.quantization.gptq_layout import PACKED
 from llmscale.quantization.key_value_cache import CACHED_FAMILIES
 from llmscale.quantization.rotation import rotate
 from llmscale.quantization.schemes import Quantization, Scheme, fitting_group_size
@@ -22,6 +23,10 @@ from llmscale.quantization.sizes import folder_sizes
 
 CALIBRATION_TOKENS = 32768
 PACKAGES = ("compressed_tensors", "greenlet")
+LOADED_BY = {
+    "compressed-tensors": "Transformers, vLLM",
+    "gptq": "Transformers with optimum and gptqmodel, GPTQModel, vLLM",
+}
 
 
 @dataclass
@@ -71,13 +76,7 @@ def quantize(
     from llmscale.quantization.layers import LARGEST_NOISE, Recipe
     from llmscale.quantization.mixed import require_budget
 
-    model.require_linear_layers()
-    kind = model.config.model_type
-    if scheme.cache is not None and kind not in CACHED_FAMILIES:
-        raise RecipeError(
-            f"key_value_cache: {source}: the attention of {kind} is not known, only that of "
-            f"{', '.join(CACHED_FAMILIES)}; remove it"
-        )
+    _require_fitting(model, settings)
     if scheme.rotated:
         rotate(model)
     more: dict[str, Any] = {}
@@ -87,7 +86,7 @@ def quantize(
         group_size, why = fitting_group_size(settings.group_size, columns)
         more["group_size"] = group_size
     dtype = torch.float16 if model.config.dtype == torch.float16 else torch.bfloat16
-    recipe = Recipe(scheme, group_size, dtype, settings.budget)
+    recipe = Recipe(scheme, group_size, dtype, settings.budget, layout=settings.layout)
     if recipe.bits is not None:
         require_budget(model, recipe)
     windows = None
@@ -122,6 +121,24 @@ def _require_packages(name: str, scheme: Scheme) -> None:
         require_package(name, package, "quantization")
 
 
+def _require_fitting(model: BlockwiseModel, settings: Quantization) -> None:
+    """Checks that the model has what the settings are about."""
+    model.require_linear_layers()
+    kind = model.config.model_type
+    if settings.key_value_cache is not None and kind not in CACHED_FAMILIES:
+        raise RecipeError(
+            f"key_value_cache: {model.folder}: the attention of {kind} is not known, only that of "
+            f"{', '.join(CACHED_FAMILIES)}; remove it"
+        )
+    for name in model.names if settings.layout == "gptq" else ():
+        rows, columns = model.blocks[0].get_parameter(f"{name}.weight").shape
+        if rows % PACKED or columns % PACKED:
+            raise RecipeError(
+                f"layout: gptq packs {PACKED} numbers into one, and {name} of {model.folder} has "
+                f"{rows} outputs and {columns} inputs; remove it"
+            )
+
+
 def _figures(
     settings: Quantization,
     model: BlockwiseModel,
@@ -133,5 +150,6 @@ def _figures(
         "scheme": settings.scheme,
         **more,
         **folder_sizes(target, model),
+        "loaded_by": LOADED_BY[settings.layout],
         "quantize_seconds": round(time.monotonic() - begun, 2),
     }

@@ -16,6 +16,7 @@ MIXED_BITS = 5.0
 
 
 Observer = Literal["mse", "minmax"]
+Layout = Literal["compressed-tensors", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class WeightFormat:
 class ActivationFormat:
     """How the inputs of a linear layer are rounded while it computes.
 
-    ``dynamic``: a scale a token, found as it runs; else one a layer, from the calibration. Integers
-    have a zero point beside it.
+    ``dynamic``: a scale a token, found as it runs; else one a layer, from the calibration, where
+    that serves. Integers have a zero point beside it.
     """
 
     dynamic: bool
@@ -69,7 +70,6 @@ class Scheme:
     values are kept.
     """
 
-    about: str
     weights: WeightFormat
     activations: ActivationFormat | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -101,11 +101,6 @@ class Scheme:
         return self.activations is not None and not self.activations.dynamic
 
     @property
-    def loaded_by(self) -> str:
-        """What reads the folder."""
-        return "Transformers, vLLM"
-
-    @property
     def plain(self) -> bool:
         """Whether weights are rounded to the nearest integers, and that is all."""
         changed = self.scaling or self.rounding != "nearest" or self.library_type
@@ -122,37 +117,21 @@ INT4 = WeightFormat(4, "group")
 FP8 = WeightFormat(8, "channel", "float")
 
 SCHEMES: dict[str, Scheme] = {
-    "int8-weight": Scheme("8-bit weights, a scale a row", INT8),
-    "int8-dynamic": Scheme("and inputs in 8 bits, a scale a token", INT8, ActivationFormat(True)),
-    "int8-static": Scheme(
-        "and inputs in 8 bits, a scale a layer",
-        INT8,
-        ActivationFormat(False),
-        "gptq",
-        "smoothquant",
-    ),
-    "int8-smoothquant": Scheme(
-        "int8-dynamic after SmoothQuant", INT8, ActivationFormat(True), scaling="smoothquant"
-    ),
-    "int4-weight": Scheme("4-bit weights, round to nearest", INT4),
-    "int4-gptq": Scheme("4-bit weights by GPTQ", INT4, rounding="gptq"),
-    "int4-awq": Scheme("4-bit weights after AWQ's scaling", INT4, scaling="awq"),
-    "int4-awq-gptq": Scheme(
-        "refined GPTQ after AWQ's scaling", INT4, rounding="gptq", scaling="awq", refined=True
-    ),
-    "int4-rotated-gptq": Scheme(
-        "refined GPTQ of rotated weights", INT4, rounding="gptq", rotated=True, refined=True
-    ),
-    "mixed": Scheme(
-        "GPTQ in 4 bits, and in 8 where it counts most", INT4, rounding="gptq", wider=INT8
-    ),
-    "fp8": Scheme("e4m3 weights and inputs", FP8, ActivationFormat(True, number="float")),
-    "fp8-static": Scheme(
-        "fp8, a scale a layer for inputs", FP8, ActivationFormat(False, number="float")
-    ),
-    "nf4": Scheme("4-bit NormalFloat by bitsandbytes", INT4, library_type="nf4"),
-    "fp4": Scheme("4-bit floats by bitsandbytes", INT4, library_type="fp4"),
-    "llm-int8": Scheme("LLM.int8() by bitsandbytes", INT8, library_type="int8"),
+    "int8-weight": Scheme(INT8),
+    "int8-dynamic": Scheme(INT8, ActivationFormat(True)),
+    "int8-static": Scheme(INT8, ActivationFormat(False), "gptq", "smoothquant"),
+    "int8-smoothquant": Scheme(INT8, ActivationFormat(True), scaling="smoothquant"),
+    "int4-weight": Scheme(INT4),
+    "int4-gptq": Scheme(INT4, rounding="gptq"),
+    "int4-awq": Scheme(INT4, scaling="awq"),
+    "int4-awq-gptq": Scheme(INT4, rounding="gptq", scaling="awq", refined=True),
+    "int4-rotated-gptq": Scheme(INT4, rounding="gptq", rotated=True, refined=True),
+    "mixed": Scheme(INT4, rounding="gptq", wider=INT8),
+    "fp8": Scheme(FP8, ActivationFormat(True, number="float")),
+    "fp8-static": Scheme(FP8, ActivationFormat(False, number="float")),
+    "nf4": Scheme(INT4, library_type="nf4"),
+    "fp4": Scheme(INT4, library_type="fp4"),
+    "llm-int8": Scheme(INT8, library_type="int8"),
 }
 
 SchemeName = Literal[
@@ -181,7 +160,8 @@ class Quantization(Settings):
     groups that are not ``symmetric`` have a zero point each. By the observer ``minmax`` a scale is
     found at once, as in quantization-aware training. ``bits`` is what a weight of ``mixed`` takes
     on average, scales and zero points counted. With ``key_value_cache`` keys and values have scales
-    too, for a cache of 8 bits, from the texts of the calibration.
+    too, for a cache of 8 bits, from the texts of the calibration. ``layout`` is how the folder
+    holds 4-bit weights: as compressed-tensors does, or GPTQ's own tools.
     """
 
     scheme: SchemeName
@@ -190,6 +170,7 @@ class Quantization(Settings):
     observer: Observer = "mse"
     bits: float | None = Field(default=None, gt=4, le=8)
     key_value_cache: CacheNumber | None = None
+    layout: Layout = "compressed-tensors"
 
     @property
     def budget(self) -> float | None:
@@ -227,6 +208,20 @@ class Quantization(Settings):
                 "key_value_cache",
                 f"{self.scheme} has no scales for it; remove it, or use int8-weight",
             )
+        if self.layout == "gptq":
+            yield from self._beyond_gptq()
+
+    def _beyond_gptq(self) -> Iterable[tuple[str, str]]:
+        """What GPTQ's own layout cannot hold."""
+        if not SCHEMES[self.scheme].grouped or self.budget is not None:
+            held = choices(
+                [name for name, one in SCHEMES.items() if one.grouped and one.wider is None]
+            )
+            yield "layout", f"gptq holds no {self.scheme}; remove it, or use {held}"
+        if not self.symmetric:
+            yield "symmetric", "layout gptq is written without zero points; remove one of them"
+        if self.key_value_cache:
+            yield "key_value_cache", "layout gptq has no scales for it; remove one of them"
 
 
 class QuantizationAware(Settings):
