@@ -26,6 +26,7 @@ from llmscale.artifacts import (
 )
 from llmscale.models.stored_weights import INDEX
 from llmscale.parallel import probes, shares
+from llmscale.parallel.memory import give_back_freed_memory
 from llmscale.quantization.block import layers_by_input, quantize_block, round_block
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.formats import quantization_config
@@ -84,6 +85,8 @@ def quantize_folder(
             named = {f"{model.prefix}.{number}.{name}": t for name, t in tensors.items()}
             _save(named, beside / _shard(number))
         on_block(before + number + 1, before + blocks)
+    del stream
+    give_back_freed_memory()
     return shares.by_first(lambda: _finish(model, beside, target, recipe))
 
 
