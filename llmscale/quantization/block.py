@@ -59,18 +59,17 @@ def quantize_block(
     inputs: Sequence[Tensor],
     told: Mapping[str, Any],
     config: Any,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Quantizes a block by its inputs [1, s, d], a window each, in one forward pass.
 
     Layers with one input are of one format; the recipe knows them by their names in the block.
-    What the quantized block computes takes the place of its inputs.
 
     Every window's pass waits before each group of layers until they are quantized, so that the
     next layers see what these compute in the end ("true sequential"). Ranks that share the windows
     quantize alike, by what all of them have seen; collective.
 
     Returns:
-        The block's tensors as they are stored.
+        The block's tensors as they are stored, and what the quantized block computes.
 
     Raises:
         RecipeError: if a layer's inputs are of no use.
@@ -86,6 +85,7 @@ def quantize_block(
     ]
     done: dict[str, QuantizedLayer] = {}
     changed: dict[str, Tensor] = {}
+    outputs: list[Tensor] = []
     before = block.state_dict()
     try:
         for group in groups:
@@ -112,10 +112,11 @@ def quantize_block(
                 _weight(block, name).data = quantized.effective(name)
             done |= quantized.layers
             give_back_freed_memory()
-        for given, one in zip(inputs, passes, strict=True):
+        for one in passes:
             _go_on(one)
-            given.copy_(one.result[0] if isinstance(one.result, tuple) else one.result)
+            outputs.append(one.result[0] if isinstance(one.result, tuple) else one.result)
             one.result = None
+        give_back_freed_memory()
     finally:
         for hook in hooks:
             hook.remove()
@@ -124,7 +125,7 @@ def quantize_block(
     tensors = _stored({**before, **changed}, done, recipe)
     if recipe.scheme.cache is not None:
         tensors |= cache.scales(recipe.scheme.cache, recipe.dtype)
-    return tensors
+    return tensors, outputs
 
 
 @torch.no_grad()

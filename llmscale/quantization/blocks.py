@@ -189,6 +189,8 @@ class BlockwiseModel:
                     logits_sv = self.model(
                         input_ids=window_s[None], use_cache=False, logits_to_keep=places
                     ).logits[0]
+                    if len(logits_sv) > len(places):  # Some models know no logits_to_keep.
+                        logits_sv = logits_sv[places]
                     drawn_s = logits_sv.detach().softmax(-1).multinomial(1, generator=random)[:, 0]
                     loss = torch.nn.functional.cross_entropy(logits_sv, drawn_s, reduction="sum")
                     gradient += torch.autograd.grad(loss, last)[0]

@@ -6,7 +6,7 @@ Shape legend: n windows, s tokens in one, d hidden size.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,12 @@ def quantize_folder(
 
 @dataclass
 class Stream:
-    """What goes into the next block for this rank's windows [1, s, d], and what blocks are told."""
+    """What goes into the next block for this rank's windows [1, s, d], and what blocks are told.
 
-    hidden: list[Tensor]
+    It waits in a file beside the target, from which it is read as it is needed.
+    """
+
+    hidden: Sequence[Tensor]
     told: list[dict[str, Any]]
     groups: list[list[str]] | None = None
 
@@ -104,8 +107,10 @@ class Stream:
         own_ns = shares.own(windows_ns)
         hidden, told = model.first_inputs(own_ns if done == 0 else own_ns[:1])
         if done:
-            hidden = shares.own(_kept(beside, done))
-        return cls(hidden, told)
+            return cls(shares.own(_kept(beside, done)), told)
+        stream = cls(hidden, told)
+        stream.keep(beside, 0)
+        return stream
 
     def through(
         self, block: torch.nn.Module, number: int, model: BlockwiseModel, recipe: Recipe
@@ -113,13 +118,15 @@ class Stream:
         """Quantizes a block, whose tensors it gives, and goes through it."""
         if self.groups is None:
             self.groups = layers_by_input(block, model.names, self.hidden[0], self.told[number])
-        return quantize_block(
+        tensors, self.hidden = quantize_block(
             block, self.groups, recipe, self.hidden, self.told[number], model.config
         )
+        return tensors
 
     def keep(self, beside: Path, number: int) -> None:
         """Writes what goes into a block, and removes what went into the one before the last."""
-        _save({INPUTS: torch.cat(self.hidden)}, beside / _inputs(number))
+        _save({INPUTS: torch.cat(list(self.hidden))}, beside / _inputs(number))
+        self.hidden = load_file(beside / _inputs(number))[INPUTS].split(1)
         (beside / _inputs(number - 2)).unlink(missing_ok=True)
 
 

@@ -85,14 +85,18 @@ def test_the_divergence_is_that_of_each_tokens_own_gradient(model: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("keeps_all", [False, True])
 def test_gradients_of_some_positions_at_a_time_are_those_of_all(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    keeps_all: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = torch.randint(5, 300, (2, 24), generator=torch.Generator().manual_seed(3))
     blockwise = BlockwiseModel(model)
     outputs = [torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(n)) for n in (4, 5)]
     whole = blockwise.last_gradients(windows, outputs)
     monkeypatch.setattr(blocks, "LOGITS_AT_ONCE", 5 * blockwise.config.vocab_size)
+    if keeps_all:
+        forward = blockwise.model.forward
+        blockwise.model.forward = lambda logits_to_keep=0, **given: forward(**given)
     parts = blockwise.last_gradients(windows, outputs)
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one, other)
