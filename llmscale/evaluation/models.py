@@ -37,8 +37,13 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
             raise ValueError(f"{config.model_type} does not go on from a text")
         if any(name.endswith(SCORES_TEXTS) for name in config.architectures or ()):
             raise ValueError("it scores texts, and does not go on from one")
+        half = device == "cpu" and config.dtype == torch.float16
         model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, use_safetensors=True
+            folder,
+            dtype=torch.float32 if half else "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
         )
         tokenizer = load_tokenizer(folder)
         if virtual_tokens_beside(folder):
@@ -51,8 +56,6 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
         raise RecipeError(
             f"{folder}: cannot be loaded: {cause}; give a Hugging Face folder or RUN_DIR:STAGE"
         ) from None
-    if device == "cpu" and model.dtype == torch.float16:
-        model = model.float()
     return model.to(device).eval(), tokenizer
 
 

@@ -17,6 +17,7 @@ from llmscale.parallel.memory import give_back_freed_memory
 from llmscale.quantization.families import BEFORE, VALUES, by_output, divided_outputs, shares
 from llmscale.quantization.formats import stored_tensors
 from llmscale.quantization.gptq import NotPositiveDefinite
+from llmscale.quantization.grids import stored_scale
 from llmscale.quantization.inputs import InputStatistics
 from llmscale.quantization.key_value_cache import SeenCache
 from llmscale.quantization.layers import QuantizedGroup, QuantizedLayer, Recipe, quantize_layers
@@ -166,13 +167,12 @@ def _divide(
     """Moves a group's scales to what comes before it, whose rows are divided by those returned."""
     assert quantized.scales_i is not None
     source, scales = BEFORE[leader], by_output(quantized.scales_i, shares_i)
-    divided = divided_outputs(tensors, leader, scales)
     if source in done:
         layer = done[source]
-        scale_og = (layer.grid.scale_og / scales[:, None]).to(recipe.dtype).float()
+        scale_og = stored_scale(layer.grid.scale_og / scales[:, None], recipe.dtype)
         done[source] = replace(layer, grid=replace(layer.grid, scale_og=scale_og))
-        del divided[f"{source}.weight"]
-    changed |= divided
+        tensors = {name: tensor for name, tensor in tensors.items() if name != f"{source}.weight"}
+    changed |= divided_outputs(tensors, leader, scales)
     return scales
 
 

@@ -232,7 +232,7 @@ def _finish(model: BlockwiseModel, beside: Path, target: Path, recipe: Recipe) -
     config |= {
         "tie_word_embeddings": model.config.tie_word_embeddings,
         "dtype": str(recipe.dtype).removeprefix("torch."),
-        "quantization_config": quantization_config(recipe, model.layers(), outside),
+        "quantization_config": quantization_config(recipe, model.prefix, model.layers(), outside),
     }
     write_json(beside / "config.json", config)
     for file in [*beside.glob(f"{INPUTS}-*"), *beside.glob("*.part"), beside / CALL, beside / WIDE]:

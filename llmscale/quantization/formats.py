@@ -42,18 +42,22 @@ def stored_tensors(layer: QuantizedLayer, recipe: Recipe) -> dict[str, Tensor]:
     }
 
 
-def quantization_config(recipe: Recipe, layers: list[str], left_out: list[str]) -> dict[str, Any]:
+def quantization_config(
+    recipe: Recipe, blocks: str, layers: list[str], left_out: list[str]
+) -> dict[str, Any]:
     """What ``config.json`` says of the quantization.
 
     Where layers differ, each is named: vLLM joins some of them into one, and would take a class's
     format first.
 
     Args:
+        blocks: the name of the model's row of blocks.
         layers: the names of those that are quantized.
         left_out: the names of other linear layers.
     """
     if recipe.layout == "gptq":
-        return gptq_config(recipe.group_size)
+        assert recipe.group_size is not None, "the layout is one of groups"
+        return gptq_config(recipe.group_size, blocks)
     alike: dict[Scheme, list[str]] = {}
     for name in layers:
         alike.setdefault(recipe.of(name).scheme, []).append(name)

@@ -17,6 +17,8 @@ from llmscale.quantization.grids import Grid
 BITS = 4
 PACKED = 32 // BITS
 ZERO = 8
+OUTPUTS = 32
+"""GPTQModel's kernels take so many outputs at a time."""
 
 
 def gptq_tensors(codes_oi: Tensor, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -31,10 +33,13 @@ def gptq_tensors(codes_oi: Tensor, grid: Grid, dtype: torch.dtype) -> dict[str, 
     }
 
 
-def gptq_config(group_size: int | None) -> dict[str, Any]:
+def gptq_config(group_size: int, blocks: str) -> dict[str, Any]:
     """What ``config.json`` says of the quantization.
 
     No order of columns is stored, whatever the order in which they were rounded (``desc_act``).
+
+    Args:
+        blocks: the name of the model's row of blocks.
     """
     return {
         "quant_method": "gptq",
@@ -44,6 +49,7 @@ def gptq_config(group_size: int | None) -> dict[str, Any]:
         "sym": True,
         "desc_act": False,
         "lm_head": False,
+        "block_name_to_quantize": blocks,
     }
 
 

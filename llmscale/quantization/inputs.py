@@ -57,8 +57,9 @@ class InputStatistics:
 
     @property
     def finite(self) -> bool:
-        """Whether the range that was seen is one of numbers."""
-        return bool(self.largest_i.isfinite().all())
+        """Whether what was seen is made of numbers."""
+        seen = [self.largest_i, *([] if self._lower_ii is None else [self._lower_ii.diagonal()])]
+        return all(bool(one.isfinite().all()) for one in seen)
 
     @property
     def largest_i(self) -> Tensor:

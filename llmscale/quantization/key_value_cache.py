@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmscale.errors import RecipeError
 from llmscale.parallel import shares
 from llmscale.quantization.families import SCALED_FAMILIES
 from llmscale.quantization.grids import E4M3_MOST, stored_scale
@@ -34,10 +35,17 @@ class SeenCache:
         return keys, values
 
     def scales(self, number: CacheNumber, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The greatest magnitudes over the greatest code, by their names in a block; collective."""
+        """The greatest magnitudes over the greatest code, by their names in a block; collective.
+
+        Raises:
+            RecipeError: if they are not finite.
+        """
         found = {}
         for name, largest_c in (("k_scale", self.keys_c), ("v_scale", self.values_c)):
-            scale = (shares.greatest(largest_c.max()) / GREATEST_CODES[number]).reshape(1)
+            largest = shares.greatest(largest_c.max())
+            if not largest.isfinite():
+                raise RecipeError("keys or values are not finite; give other texts to calibrate")
+            scale = (largest / GREATEST_CODES[number]).reshape(1)
             found[f"{ATTENTION}.{name}"] = stored_scale(scale, dtype).to(dtype)
         return found
 

@@ -18,7 +18,8 @@ from llmscale.quantization.scaling import find_scales
 from llmscale.quantization.schemes import Layout, Scheme
 
 LARGEST_NOISE = 1e-3
-"""What rounding a layer's inputs may add to its outputs, of their mean square: 30 dB."""
+"""What rounding the inputs of layers that share them may add to their outputs, together, of the
+mean square of these: 30 dB."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def quantize_layers(
     inputs = None
     if scheme.activations is not None and scheme.fixed_inputs:
         assert statistics is not None, "static scales come from a calibration"
-        if _noise(weight_oi, recipe, statistics, scales_i) > LARGEST_NOISE:
+        # What rounding to floats adds does not depend on their scale.
+        by_scale = scheme.activations.number == "int"
+        if by_scale and _noise(weight_oi, recipe, statistics, scales_i) > LARGEST_NOISE:
             return quantize_layers(weights, recipe.dynamic, statistics, shares_i)
         inputs = statistics.fixed_grid(scheme.activations, recipe.dtype, scales_i)
     importance_i = None if hessian_ii is None else hessian_ii.diagonal()
@@ -142,15 +145,11 @@ def _noise(
 ) -> float:
     """What rounding the inputs by one scale adds to outputs, of their mean square.
 
-    That of floats is 0: the error of a float does not depend on the scale.
-
     Args:
         weight_oi: multiplied by the scales that inputs are divided by.
     """
     form = recipe.scheme.activations
     assert form is not None
-    if form.number == "float":
-        return 0.0
     samples_ni = statistics.samples_ni
     if scales_i is not None:
         samples_ni = samples_ni / scales_i

@@ -15,7 +15,7 @@ from llmscale.packages import require_package
 from llmscale.parallel import shares
 from llmscale.quantization.blocks import BlockwiseModel
 from llmscale.quantization.calibration import calibration_windows
-from llmscale.quantization.gptq_layout import PACKED
+from llmscale.quantization.gptq_layout import OUTPUTS
 from llmscale.quantization.key_value_cache import CACHED_FAMILIES
 from llmscale.quantization.rotation import rotate
 from llmscale.quantization.schemes import Quantization, Scheme, fitting_group_size
@@ -110,7 +110,8 @@ def quantize(
         more["layers_by_token"] = len(by_token)
         listener.say(
             f"{settings.scheme}: {len(by_token)} of {len(model.layers())} layers have a scale a "
-            f"token for their inputs: one a layer adds more than {LARGEST_NOISE:g} to their outputs"
+            f"token for their inputs: one a layer adds more than {LARGEST_NOISE:g} of "
+            "their outputs' mean square"
         )
     return _figures(settings, model, target, begun, more)
 
@@ -131,11 +132,12 @@ def _require_fitting(model: BlockwiseModel, settings: Quantization) -> None:
             f"{', '.join(CACHED_FAMILIES)}; remove it"
         )
     for name in model.names if settings.layout == "gptq" else ():
-        rows, columns = model.blocks[0].get_parameter(f"{name}.weight").shape
-        if rows % PACKED or columns % PACKED:
+        layer = model.blocks[0].get_submodule(name)
+        # A family's own kind of layer is not replaced where GPTQ's layout is loaded.
+        if type(layer) is not torch.nn.Linear or layer.out_features % OUTPUTS:
             raise RecipeError(
-                f"layout: gptq packs {PACKED} numbers into one, and {name} of {model.folder} has "
-                f"{rows} outputs and {columns} inputs; remove it"
+                f"layout: gptq is read for layers of the class Linear with a multiple of {OUTPUTS} "
+                f"outputs, and {name} of {model.folder} is {layer}; remove it"
             )
 
 

@@ -218,6 +218,8 @@ class Quantization(Settings):
                 [name for name, one in SCHEMES.items() if one.grouped and one.wider is None]
             )
             yield "layout", f"gptq holds no {self.scheme}; remove it, or use {held}"
+        if self.group_size not in (None, *GROUP_SIZES):
+            yield "group_size", f"layout gptq is read in groups of {choices(GROUP_SIZES)}; use one"
         if not self.symmetric:
             yield "symmetric", "layout gptq is written without zero points; remove one of them"
         if self.key_value_cache:

@@ -1,5 +1,6 @@
 """What is written is what others read: bit for bit, by every scheme."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmscale.errors import RecipeError
 from llmscale.evaluation.generation import Generation, continuations
@@ -194,10 +195,15 @@ def test_static_scales_are_the_greatest_inputs_of_the_calibration(
         assert torch.equal(scale, torch.tensor([largest / 448]).bfloat16())
 
 
+@pytest.mark.parametrize(("largest_noise", "groups"), [(1e-4, 2), (0, 1)])
 def test_layers_whose_inputs_need_a_scale_a_token_are_stored_as_such(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    largest_noise: float,
+    groups: int,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layers, "LARGEST_NOISE", 1e-4)
+    monkeypatch.setattr(layers, "LARGEST_NOISE", largest_noise)
     out, said = tmp_path / "out", []
     settings, listener = Quantization(scheme="int8-static"), Listener(say=said.append)
 
@@ -207,11 +213,13 @@ def test_layers_whose_inputs_need_a_scale_a_token_are_stored_as_such(
     by_token = {
         name for name in BlockwiseModel(model).layers() if f"{name}.input_scale" not in stored
     }
-    assert 0 < len(by_token) < 14
+    assert 0 < len(by_token) <= 14
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == groups
     assert figures["layers_by_token"] == len(by_token)
     assert said == [
         f"int8-static: {len(by_token)} of 14 layers have a scale a token for their inputs: one a "
-        "layer adds more than 0.0001 to their outputs"
+        f"layer adds more than {largest_noise:g} of their outputs' mean square"
     ]
     loaded = AutoModelForCausalLM.from_pretrained(out)
     for name in BlockwiseModel(model).layers():
@@ -248,7 +256,9 @@ def test_weights_that_are_no_numbers_are_refused_by_name(model: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["int4-gptq", "int8-static", "int8-smoothquant", "fp8-static"])
+@pytest.mark.parametrize(
+    "name", ["int4-gptq", "int4-awq", "int8-static", "int8-smoothquant", "fp8-static"]
+)
 def test_inputs_that_are_no_numbers_are_refused(
     name: SchemeName, model: Path, tmp_path: Path
 ) -> None:
@@ -259,6 +269,30 @@ def test_inputs_that_are_no_numbers_are_refused(
     with pytest.raises(RecipeError, match=r"the inputs of mlp\.\w+ are not finite"):
         quantize(spoilt, tmp_path / "out", Quantization(scheme=name), [LETTERS], tokens=1024)
     assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(model, tmp_path / "spoilt"))
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][:] = 3e38
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="keys or values are not finite"):
+        settings = Quantization(scheme="int8-weight", key_value_cache="fp8")
+        quantize(spoilt, tmp_path / "out", settings, [LETTERS], tokens=1024)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["int8-weight", "int4-weight", "nf4"])
+def test_a_quantized_model_of_half_precision_is_loaded_on_a_cpu(
+    name: SchemeName, model: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(model).save_pretrained(half)
+    quantize(half, tmp_path / "out", Quantization(scheme=name))
+    loaded, _ = load_model(tmp_path / "out")
+    with torch.no_grad():
+        assert loaded(torch.arange(5, 60)[None]).logits.isfinite().all()
 
 
 def test_a_quantized_model_is_not_quantized_again(model: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_scales_are_those_of_least_error_with_rounded_inputs(scheme: SchemeName)
         rounded_ni = rounded(inputs_ni / scales_i)[0]
         return float((rounded_ni @ (weight_oi * scales_i).T - inputs_ni @ weight_oi.T).norm())
 
+    assert (fixed is None) is (scheme == "int8-smoothquant")
     assert found.scales_i is not None
     inputs_i, weights_i = inputs_ni.abs().amax(0), weight_oi.abs().amax(0)
     powers = [up / 10 for up in range(10)]
