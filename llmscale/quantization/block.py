@@ -3,7 +3,7 @@
 Shape legend: s positions, d hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ from llmscale.quantization.inputs import InputStatistics
 from llmscale.quantization.key_value_cache import SeenCache
 from llmscale.quantization.layers import QuantizedGroup, QuantizedLayer, Recipe, quantize_layers
 from llmscale.quantization.paused import PausedPass, pause
+
+PASSES_A_TRIM = 4
+"""Passes after which freed memory is given back: all of them would free as much as they hold."""
 
 
 def layers_by_input(
@@ -94,9 +97,8 @@ def quantize_block(
             columns = weights[group[0]].shape[1]
             own = recipe.of(group[0])
             statistics = InputStatistics(columns, own.scheme.by_products, own.scheme.by_range)
-            for one in passes:
-                statistics.add(_go_on(one))
-            give_back_freed_memory()
+            for given in _all_going_on(passes):
+                statistics.add(given)
             statistics.join()
             if not statistics.finite:
                 raise _unusable(group[0])
@@ -113,11 +115,9 @@ def quantize_block(
                 _weight(block, name).data = quantized.effective(name)
             done |= quantized.layers
             give_back_freed_memory()
-        for one in passes:
-            _go_on(one)
-            outputs.append(one.result[0] if isinstance(one.result, tuple) else one.result)
-            one.result = None
-        give_back_freed_memory()
+        for _ in _all_going_on(passes):
+            pass
+        outputs = [one.result[0] if isinstance(one.result, tuple) else one.result for one in passes]
     finally:
         for hook in hooks:
             hook.remove()
@@ -145,10 +145,15 @@ def _unusable(layer: str) -> RecipeError:
     )
 
 
-def _go_on(one: PausedPass) -> Any:
-    """Goes on with a pass, in bf16 where the CPU multiplies in it."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=probes.quick_bf16()):
-        return one.go_on()
+def _all_going_on(passes: Sequence[PausedPass]) -> Iterator[Any]:
+    """What each pass gives to its next pause, in bf16 where the CPU multiplies in it."""
+    for number, one in enumerate(passes, start=1):
+        with torch.autocast("cpu", torch.bfloat16, enabled=probes.quick_bf16()):
+            given = one.go_on()
+        yield given
+        if number % PASSES_A_TRIM == 0:
+            give_back_freed_memory()
+    give_back_freed_memory()
 
 
 def _weight(block: nn.Module, name: str) -> Tensor:

@@ -29,8 +29,10 @@ def test_transformers_rounds_inputs_alike(name: SchemeName, tmp_path: Path) -> N
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     model(torch.arange(5)[None])  # the first call makes plain weights of what is stored
-    layer = model.model.layers[1].mlp.gate_proj
-    inputs_ni = torch.randn(7, 64, generator=torch.Generator().manual_seed(1)) * 2 + 0.7
+    layers = (one for one in model.model.layers.modules() if isinstance(one, torch.nn.Linear))
+    layer = max(layers, key=_zero_point)
+    random = torch.Generator().manual_seed(1)
+    inputs_ni = torch.randn(7, layer.in_features, generator=random) * 2 + 0.7
 
     form = SCHEMES[name].activations
     assert form is not None
@@ -43,6 +45,10 @@ def test_transformers_rounds_inputs_alike(name: SchemeName, tmp_path: Path) -> N
 
     assert not torch.equal(rounded_ni, inputs_ni)
     torch.testing.assert_close(layer(inputs_ni[None])[0], rounded_ni @ layer.weight.T)
+
+
+def _zero_point(layer: torch.nn.Module) -> float:
+    return float(getattr(layer, "input_zero_point", torch.zeros(1)).abs().max())
 
 
 @settings(max_examples=50, deadline=None)
