@@ -89,7 +89,6 @@ def quantize_block(
     ]
     done: dict[str, QuantizedLayer] = {}
     changed: dict[str, Tensor] = {}
-    outputs: list[Tensor] = []
     before = block.state_dict()
     try:
         for group in groups:

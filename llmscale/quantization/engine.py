@@ -70,7 +70,9 @@ def quantize_folder(
         )
     done = shares.by_first(lambda: sum(1 for _ in _finished(beside, blocks)))
     on_block(before + done, before + blocks)
-    stream = None if windows_ns is None else Stream.after(beside, model, windows_ns, done)
+    stream = None
+    if windows_ns is not None and done < blocks:
+        stream = Stream.after(beside, model, windows_ns, done)
     for number in range(done, blocks):
         own = recipe.within(f"{model.prefix}.{number}.")
         with model.loaded(number) as block:
@@ -146,8 +148,11 @@ def _kept(beside: Path, number: int) -> list[Tensor]:
 
 
 def _begun(source: Path, target: Path, recipe: Recipe, windows_ns: Tensor | None) -> Path:
-    """The folder beside the target; a new one where that is not of the same call."""
-    beside = target.parent / f".{target.name}.quantizing"
+    """The folder beside the target; a new one where that is not of the same call.
+
+    Its name has no dot in front: what has one goes when a stage starts again.
+    """
+    beside = target.parent / f"{target.name}.quantizing"
     call = fingerprint(
         [
             folder_fingerprint(source),

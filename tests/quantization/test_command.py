@@ -38,7 +38,7 @@ def test_a_killed_call_goes_on_and_gives_the_same_files(model: Path, tmp_path: P
     whole = subprocess.run(call(tmp_path / "whole"), check=True, capture_output=True, text=True)
     assert json.loads(whole.stdout)["group_size"] == 64
 
-    out, beside = tmp_path / "killed", tmp_path / ".killed.quantizing"
+    out, beside = tmp_path / "killed", tmp_path / "killed.quantizing"
     process = subprocess.Popen(call(out), start_new_session=True)
     end = time.monotonic() + 600
     while not (beside / "block-00001.safetensors").exists() and time.monotonic() < end:

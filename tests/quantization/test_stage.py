@@ -1,15 +1,18 @@
 """kind: quantize and kind: compare, in a recipe."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from llmscale.artifacts import RunFolder
+from llmscale.artifacts import RunFolder, checksum
 from llmscale.errors import RecipeError
 from llmscale.recipe.recipe import load_recipe
-from tests.quantization.small import TEXT, recipe_beside_llama
-from tests.ranks import run_recipe
+from tests.quantization.small import TEXT, recipe_beside_llama, small_llama
+from tests.ranks import processes_of, run_recipe
 
 RECIPE = f"""
 name: small
@@ -74,3 +77,42 @@ def test_what_cannot_run_is_found_before_it_starts(recipe: Path, override: str, 
         load_recipe(recipe, [override])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_killed_stage_goes_on_behind_its_finished_blocks(tmp_path: Path) -> None:
+    text = f"""
+name: small
+cluster: {{on: local, ranks_per_node: 1}}
+stages:
+  quantized:
+    kind: quantize
+    model: llama
+    scheme: int4-awq-gptq
+    calibration: {{text: "{TEXT}", tokens: 1024}}
+"""
+    small_llama(tmp_path / "llama", num_hidden_layers=6)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    whole = run_recipe(recipe, tmp_path / "whole", []).stage("quantized").hf
+
+    call = [sys.executable, "-m", "llmscale", "run", recipe, "--run-dir", tmp_path / "killed"]
+    hf = RunFolder(tmp_path / "killed").stage("quantized").hf
+    beside = hf.with_name("hf.quantizing")
+    process = subprocess.Popen(call, start_new_session=True)
+    end = time.monotonic() + 600
+    while not (beside / "block-00001.safetensors").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    for one in processes_of(tmp_path / "killed"):
+        one.kill()
+    process.wait()
+    assert not hf.exists(), "the kill came too late to prove anything"
+    kept = {file.name: file.stat().st_mtime_ns for file in beside.glob("block-*")}
+    assert len(kept) >= 2
+
+    subprocess.run(call, check=True, capture_output=True)
+
+    assert {name: (hf / name).stat().st_mtime_ns for name in kept} == kept
+    assert {file.name: checksum(file) for file in hf.iterdir()} == {
+        file.name: checksum(file) for file in whole.iterdir()
+    }
+    assert not beside.exists()
