@@ -65,11 +65,11 @@ class _Asking:
     on_row: OnRow
 
     def answers(self, texts: Sequence[Labelled]) -> tuple[Answers, list[dict[str, Any]]]:
-        """What is answered to each text, for counting and for reading."""
+        """What is answered to each text of the task, or to a spoilt one in its place."""
         form, task = self.form, self.task
         if task.examples:
             prompts = with_examples(
-                texts, task.examples, form.shots, form.template, task.labels, self.seed
+                texts, task.texts, task.examples, form.shots, form.template, task.labels, self.seed
             )
         else:
             prompts = [one.prompt(form.template) for one in texts]

@@ -95,6 +95,7 @@ def _word(record: Mapping[str, Any], field: str) -> str:
 
 def with_examples(
     asked: Sequence[Labelled],
+    originals: Sequence[Labelled],
     known: Sequence[Labelled],
     shots: int,
     template: str,
@@ -106,13 +107,14 @@ def with_examples(
     An example that is what is asked is left out of that prompt, for another one.
 
     Args:
+        originals: what is asked as it was before it was spoilt; the same where it was not.
         shots: how many.
         texts: what stands for each label.
     """
     drawn = random.Random(f"examples {seed}").sample(known, min(shots + 1, len(known)))
     shown = [(dict(one.fields), one.prompt(template) + texts[one.label]) for one in drawn]
     prompts = []
-    for one in asked:
-        others = [text for fields, text in shown if fields != dict(one.fields)]
+    for one, original in zip(asked, originals, strict=True):
+        others = [text for fields, text in shown if fields != dict(original.fields)]
         prompts.append(BETWEEN.join([*others[:shots], one.prompt(template)]))
     return prompts

@@ -68,7 +68,7 @@ def test_whole_numbers_are_labels_and_any_field_goes_into_a_template(tmp_path: P
 def test_examples_are_drawn_by_the_seed_and_never_what_is_asked(tmp_path: Path) -> None:
     lines = [{"text": f"film {n}", "label": "good" if n % 2 else "bad"} for n in range(8)]
     known = read_labelled(records(tmp_path, *lines), ["text"], TEXTS)
-    prompts = with_examples(known, known, 3, "{text}:", TEXTS, seed=7)
+    prompts = with_examples(known, known, known, 3, "{text}:", TEXTS, seed=7)
     for one, prompt in zip(known, prompts, strict=True):
         *shown, asked = prompt.split("\n\n")
         assert asked == f"{one.fields['text']}:"
@@ -76,8 +76,18 @@ def test_examples_are_drawn_by_the_seed_and_never_what_is_asked(tmp_path: Path) 
         assert all(not example.startswith(f"{one.fields['text']}:") for example in shown)
         labels = {f"film {n}": TEXTS[line["label"]] for n, line in enumerate(lines)}
         assert all(labels[e.split(":")[0]] == e.split(":")[1] for e in shown)
-    assert with_examples(known, known, 3, "{text}:", TEXTS, seed=7) == prompts
-    assert with_examples(known, known, 3, "{text}:", TEXTS, seed=8) != prompts
+    assert with_examples(known, known, known, 3, "{text}:", TEXTS, seed=7) == prompts
+    assert with_examples(known, known, known, 3, "{text}:", TEXTS, seed=8) != prompts
+
+
+def test_a_spoilt_text_is_not_asked_behind_itself(tmp_path: Path) -> None:
+    lines = [{"text": f"film {n}", "label": "good" if n % 2 else "bad"} for n in range(8)]
+    known = read_labelled(records(tmp_path, *lines), ["text"], TEXTS)
+    spoilt = [one.with_fields({"text": one.fields["text"].upper()}) for one in known]
+    clean = with_examples(known, known, known, 3, "{text}:", TEXTS, seed=7)
+    prompts = with_examples(spoilt, known, known, 3, "{text}:", TEXTS, seed=7)
+    for one, before, after in zip(spoilt, clean, prompts, strict=True):
+        assert after.split("\n\n") == [*before.split("\n\n")[:-1], f"{one.fields['text']}:"]
 
 
 @pytest.mark.parametrize(
