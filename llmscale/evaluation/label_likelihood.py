@@ -82,7 +82,8 @@ def label_likelihoods(
         on_row: is told how many of all rows are done.
 
     Raises:
-        RecipeError: names a prompt that is longer than the model's positions.
+        RecipeError: names a prompt that is longer than the model's positions, or for which it
+            gives no number.
     """
     wanted = [continuation(tokenizer, prompt, label) for prompt in prompts for label in labels]
     longest = model.config.max_position_embeddings
@@ -99,8 +100,14 @@ def label_likelihoods(
         own = [wanted[number * len(labels) + label] for number in some for label in range(shape[1])]
         return list(_nats(model, own, tokens_a_pass, on_row).reshape(len(some), shape[1]))
 
+    nats_nl = np.array(shares.shared(list(range(len(prompts))), read)).reshape(shape)
+    if not (finite_n := np.isfinite(nats_nl).all(1)).all():
+        raise RecipeError(
+            f"{places[finite_n.argmin()]}: the model's answer is not a number; give a model whose "
+            "weights are finite"
+        )
     return LabelLikelihoods(
-        np.array(shares.shared(list(range(len(prompts))), read)).reshape(shape),
+        nats_nl,
         np.array([len(one.tokens) for one in wanted]).reshape(shape),
         np.array([len(label.encode()) for label in labels]),
     )

@@ -9,8 +9,7 @@ from safetensors import SafetensorError
 import llmscale.quiet  # noqa: F401
 from llmscale.data.tokenizer import load_tokenizer
 from llmscale.errors import MachineError, RecipeError
-from llmscale.models.architecture import FAMILIES
-from llmscale.models.huggingface_config import SCORES_TEXTS, virtual_tokens_beside
+from llmscale.models.huggingface_config import require_next_tokens, virtual_tokens_beside
 from llmscale.models.quantized import require_packages_of
 from llmscale.packages import require_package
 
@@ -32,26 +31,25 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     try:
         require_packages_of(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        traits = FAMILIES.get(config.model_type)
-        if traits is not None and traits.objective != "causal":
-            raise ValueError(f"{config.model_type} does not go on from a text")
-        if any(name.endswith(SCORES_TEXTS) for name in config.architectures or ()):
-            raise ValueError("it scores texts, and does not go on from one")
+        require_next_tokens(config)
         half = device == "cpu" and config.dtype == torch.float16
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32 if half else "auto",
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
+        if found["missing_keys"]:
+            raise ValueError(f"it has no tensor {min(found['missing_keys'])}")
         tokenizer = load_tokenizer(folder)
         if virtual_tokens_beside(folder):
             model = _with_virtual_tokens(model, folder / "adapter")
     except ImportError as error:
         cause = str(error).strip().splitlines()[0]
         raise MachineError(f"{folder}: {cause}; or give the model it was quantized from") from None
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0]
         raise RecipeError(
             f"{folder}: cannot be loaded: {cause}; give a Hugging Face folder or RUN_DIR:STAGE"

@@ -7,7 +7,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from llmscale.errors import RecipeError
-from llmscale.models.architecture import TOKEN_TYPES, Architecture, RewardArchitecture
+from llmscale.models.architecture import (
+    FAMILIES,
+    TOKEN_TYPES,
+    Architecture,
+    RewardArchitecture,
+)
 from llmscale.settings import choices, shown
 
 LLAMA3_ROTARY = {
@@ -196,6 +201,19 @@ def read_architecture(folder: Path) -> Architecture:
     except (AttributeError, TypeError):
         cause = "a value is of the wrong type"
     raise RecipeError(f"{reader.path}: {cause}; give a model's own folder")
+
+
+def require_next_tokens(config: Any) -> None:
+    """Checks that a configuration of transformers is of a model that goes on from a text.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    traits = FAMILIES.get(config.model_type)
+    if traits is not None and traits.objective != "causal":
+        raise ValueError(f"{config.model_type} does not go on from a text")
+    if any(name.endswith(SCORES_TEXTS) for name in config.architectures or ()):
+        raise ValueError("it scores texts, and does not go on from one")
 
 
 def virtual_tokens_beside(folder: Path) -> bool:

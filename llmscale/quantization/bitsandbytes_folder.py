@@ -10,9 +10,13 @@ from llmscale.data.tokenizer import load_tokenizer
 
 
 def write_bitsandbytes_folder(
-    source: Path, target: Path, kind: Literal["nf4", "fp4", "int8"]
+    source: Path, target: Path, kind: Literal["nf4", "fp4", "int8"], dtype: torch.dtype
 ) -> None:
-    """Writes ``target`` with the weights of linear layers in 4-bit blocks, or in 8 bits."""
+    """Writes ``target`` with the weights of linear layers in 4-bit blocks, or in 8 bits.
+
+    Args:
+        dtype: of all other numbers.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -22,12 +26,12 @@ def write_bitsandbytes_folder(
         how = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": kind,
-            "bnb_4bit_compute_dtype": torch.bfloat16,
+            "bnb_4bit_compute_dtype": dtype,
         }
     model = AutoModelForCausalLM.from_pretrained(
         source,
         local_files_only=True,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         quantization_config=BitsAndBytesConfig(**how),
         device_map={"": "cpu"},
     )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmscale.errors import RecipeError
+from llmscale.models.huggingface_config import require_next_tokens, virtual_tokens_beside
 from llmscale.models.stored_weights import HuggingFaceWeights
 from llmscale.parallel.memory import give_back_freed_memory
 
@@ -61,8 +62,13 @@ class BlockwiseModel:
             self.config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
+            require_next_tokens(self.config)
+            if virtual_tokens_beside(folder):
+                raise ValueError("the virtual tokens in adapter/ would be lost")
             if getattr(self.config, "quantization_config", None) is not None:
                 raise ValueError("its weights are quantized already; give the model they come from")
+            # Making a model in fp32 changes what its configuration says.
+            self.dtype = self.config.dtype
             self.weights: StoredTensors = HuggingFaceWeights(folder)
             self.model = _without_weights(self.config)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -76,6 +82,15 @@ class BlockwiseModel:
         self.names = [
             name for name, part in self.blocks[0].named_modules() if isinstance(part, nn.Linear)
         ]
+
+    def require_finite(self) -> None:
+        """Checks all tensors where they are not read otherwise.
+
+        Raises:
+            RecipeError: names one that is not made of numbers.
+        """
+        for name in self.weights:
+            self._tensor(name)
 
     def untie(self) -> None:
         """Gives the model a head of its own."""
@@ -122,17 +137,11 @@ class BlockwiseModel:
         """A block with its weights, within.
 
         Raises:
-            RecipeError: if a weight is missing, or is not a number.
+            RecipeError: if a weight is missing, not a number, or of another shape.
         """
         block = self.blocks[number]
         tensors = {name: tensor.float() for name, tensor in self.block_tensors(number).items()}
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise RecipeError(
-                    f"{self.folder}: {self.prefix}.{number}.{name} holds numbers that are not "
-                    "finite; give a model that was saved whole"
-                )
-        block.load_state_dict(tensors, assign=True)
+        self._assign(block, tensors)
         try:
             yield block
         finally:
@@ -142,7 +151,7 @@ class BlockwiseModel:
         """The tensors outside the blocks: embeddings, norms, the head where it is no copy."""
         for name in self.weights:
             if not name.startswith(f"{self.prefix}."):
-                yield name, self.weights[name]
+                yield name, self._tensor(name)
 
     @torch.no_grad()
     def first_inputs(self, windows_ns: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
@@ -212,7 +221,7 @@ class BlockwiseModel:
             for name in self.model.state_dict()
             if not name.startswith(f"{self.prefix}.")
         }
-        self.model.load_state_dict(tensors, strict=False, assign=True)
+        self._assign(self.model, tensors)
 
         def answering(number: int) -> Any:
             def forward(hidden_states: Tensor, *_: Any, **options: Any) -> Tensor:
@@ -231,13 +240,37 @@ class BlockwiseModel:
             tensors.clear()
             give_back_freed_memory()
 
+    def _assign(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        try:
+            module.load_state_dict(tensors, strict=False, assign=True)
+        except RuntimeError as error:
+            raise RecipeError(
+                f"{self.folder}: {_last_line(error)}; give a folder whose config.json is that of "
+                "its weights"
+            ) from None
+
     def _tensor(self, name: str) -> Tensor:
         try:
-            return self.weights[name]
+            tensor = self.weights[name]
         except KeyError:
             raise RecipeError(
                 f"{self.folder}: has no tensor {name}; give a folder that was saved whole"
             ) from None
+        except (OSError, SafetensorError) as error:
+            raise RecipeError(
+                f"{self.folder}: {name} cannot be read: {_last_line(error)}; give a folder that "
+                "was saved whole"
+            ) from None
+        if not torch.isfinite(tensor).all():
+            raise RecipeError(
+                f"{self.folder}: {name} holds numbers that are not finite; give a model that was "
+                "saved whole"
+            )
+        return tensor
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _without_weights(config: Any) -> Any:

@@ -66,10 +66,12 @@ def quantize(
         raise RecipeError(f"{key}: {wrong}")
     _require_packages(settings.scheme, scheme)
     model = BlockwiseModel(source)
+    dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
     if scheme.library_type is not None:
         from llmscale.quantization.bitsandbytes_folder import write_bitsandbytes_folder
 
-        write_bitsandbytes_folder(source, target, scheme.library_type)
+        model.require_finite()
+        write_bitsandbytes_folder(source, target, scheme.library_type, dtype)
         return _figures(settings, model, target, begun, {})
     # These import the packages that were just asked for.
     from llmscale.quantization.engine import quantize_folder
@@ -85,7 +87,6 @@ def quantize(
         columns = [model.blocks[0].get_parameter(f"{name}.weight").shape[1] for name in model.names]
         group_size, why = fitting_group_size(settings.group_size, columns)
         more["group_size"] = group_size
-    dtype = torch.float16 if model.config.dtype == torch.float16 else torch.bfloat16
     recipe = Recipe(scheme, group_size, dtype, settings.budget, layout=settings.layout)
     if recipe.bits is not None:
         require_budget(model, recipe)

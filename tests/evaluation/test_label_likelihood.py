@@ -1,5 +1,7 @@
 """Labels by their likelihood: as a plain loop over transformers finds it, at any batch size."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,12 @@ def test_a_prompt_longer_than_the_model_is_named_with_its_place(loaded: tuple) -
     long = "what is up? " * 40
     with pytest.raises(RecipeError, match=r"x\.jsonl:2: .* tokens .* takes 64; shorten it"):
         label_likelihoods(model, tokenizer, ["up", long], LABELS, ["x.jsonl:1", "x.jsonl:2"])
+
+
+def test_answers_that_are_not_numbers_are_refused(loaded: tuple) -> None:
+    model, tokenizer = loaded
+    spoilt = copy.deepcopy(model)
+    with torch.no_grad():
+        spoilt.get_input_embeddings().weight[:] = float("nan")
+    with pytest.raises(RecipeError, match=r"x\.jsonl:1: the model's answer is not a number"):
+        label_likelihoods(spoilt, tokenizer, ["up"], LABELS, ["x.jsonl:1"])

@@ -290,6 +290,13 @@ def test_a_quantized_model_of_half_precision_is_loaded_on_a_cpu(
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(half)
     AutoTokenizer.from_pretrained(model).save_pretrained(half)
     quantize(half, tmp_path / "out", Quantization(scheme=name))
+    stored = {
+        tensor.dtype
+        for file in (tmp_path / "out").glob("*.safetensors")
+        for key, tensor in load_file(file).items()
+        if key.endswith("norm.weight") or "embed" in key
+    }
+    assert stored == {torch.float16}
     loaded, _ = load_model(tmp_path / "out")
     with torch.no_grad():
         assert loaded(torch.arange(5, 60)[None]).logits.isfinite().all()
@@ -299,3 +306,71 @@ def test_a_quantized_model_is_not_quantized_again(model: Path, tmp_path: Path) -
     quantize(model, tmp_path / "once", Quantization(scheme="int8-weight"))
     with pytest.raises(RecipeError, match="quantized already"):
         quantize(tmp_path / "once", tmp_path / "twice", Quantization(scheme="int4-weight"))
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight", "int4-gptq", "nf4"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_numbers_outside_the_blocks_that_are_not_finite_are_refused_by_name(
+    scheme: SchemeName, name: str, model: Path, tmp_path: Path
+) -> None:
+    spoilt = Path(shutil.copytree(model, tmp_path / "spoilt"))
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors[name].view(-1)[3] = float("nan")
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=f"{name} holds numbers that are not finite"):
+        quantize(spoilt, tmp_path / "out", Quantization(scheme=scheme), [LETTERS], tokens=1024)
+    assert not (tmp_path / "out").exists()
+
+
+def test_virtual_tokens_are_not_lost_unsaid(model: Path, tmp_path: Path) -> None:
+    adapted = Path(shutil.copytree(model, tmp_path / "adapted"))
+    (adapted / "adapter").mkdir()
+    (adapted / "adapter/adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    with pytest.raises(RecipeError, match="the virtual tokens in adapter/ would be lost"):
+        quantize(adapted, tmp_path / "out", Quantization(scheme="int8-weight"))
+
+
+def test_a_model_that_scores_texts_is_refused(model: Path, tmp_path: Path) -> None:
+    scoring = Path(shutil.copytree(model, tmp_path / "scoring"))
+    config = json.loads((scoring / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (scoring / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="it scores texts"):
+        quantize(scoring, tmp_path / "out", Quantization(scheme="int8-weight"))
+
+
+def test_a_folder_whose_configuration_is_of_other_weights_is_refused(
+    model: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["intermediate_size"] = 192
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"config\.json is that of its weights") as error:
+        quantize(other, tmp_path / "out", Quantization(scheme="int8-weight"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(RecipeError, match="cannot be loaded") as error:
+        load_model(other)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_was_cut_off_is_refused(model: Path, tmp_path: Path) -> None:
+    cut = Path(shutil.copytree(model, tmp_path / "cut"))
+    file = cut / "model.safetensors"
+    names = list(load_file(file))
+    (cut / "part.safetensors").write_bytes(file.read_bytes()[:-100])
+    file.unlink()
+    index = {"weight_map": dict.fromkeys(names, "part.safetensors")}
+    (cut / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RecipeError, match="cannot be read") as error:
+        quantize(cut, tmp_path / "out", Quantization(scheme="int8-weight"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_some_of_its_tensors_is_not_evaluated(model: Path, tmp_path: Path) -> None:
+    partial = Path(shutil.copytree(model, tmp_path / "partial"))
+    tensors = load_file(partial / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"has no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(partial)
